@@ -1,0 +1,30 @@
+"""downcycle: make small language models out of large ones. A checkpoint is a value; every operation returns a new one.
+
+    parent = open_checkpoint("meta-llama/Meta-Llama-3-8B")
+    child = keep_layers(parent, choose(parent.num_layers, 24))
+    write(child, "Llama-3-6B")
+"""
+
+from .surgery.checkpoint import Checkpoint, Tensor, open_checkpoint
+from .surgery.choose import choose, parse_layers
+from .surgery.describe import describe
+from .surgery.errors import DowncycleError
+from .surgery.layers import keep_layers
+from .surgery.model import load_model
+from .surgery.verify import verify
+from .surgery.write import plan_write, write
+
+__all__ = [
+    "Checkpoint",
+    "DowncycleError",
+    "Tensor",
+    "choose",
+    "describe",
+    "keep_layers",
+    "load_model",
+    "open_checkpoint",
+    "parse_layers",
+    "plan_write",
+    "verify",
+    "write",
+]

@@ -1,0 +1,226 @@
+"""The command line: each command parses, calls one function and prints. Progress and maps go to stderr, answers to stdout."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .surgery.checkpoint import Checkpoint, open_checkpoint
+from .surgery.choose import RULES, choose, format_layers, parse_layers
+from .surgery.describe import describe
+from .surgery.errors import DowncycleError
+from .surgery.layers import keep_layers
+from .surgery.naming import child_name
+from .surgery.verify import verify as verify_folder
+from .surgery.write import Plan, plan_write, staging_path, write
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Src = Annotated[str, typer.Argument(metavar="SRC", help="Folder, Hub id, or 'demo', the built-in model.")]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub repo.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept models that come with Python code; it is copied, not run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for programs.")]
+
+
+@app.callback(invoke_without_command=True)
+def cut(
+    context: typer.Context,
+    src: Annotated[str | None, typer.Option(metavar="SRC", help="Parent: folder, Hub id, or 'demo', the built-in model.")] = None,
+    keep: Annotated[str | None, typer.Option(metavar="N", help="How many decoder layers to keep.")] = None,
+    layers: Annotated[str | None, typer.Option(metavar="LIST", help="Which layers to keep, like 0-19,28-31; may repeat.")] = None,
+    select: Annotated[str, typer.Option(metavar="RULE", help=f"How --keep chooses: {', '.join(RULES)}.")] = "first",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Child folder [default: the parent's name, size replaced].")] = None,
+    revision: Revision = None,
+    recipe: Annotated[str, typer.Option(metavar="PRESET|none", help="Training recipe to write beside the child.")] = "none",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file.")] = "5GB",
+    trust_remote_code: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and read no weight.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing child.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a small language model out of a large one.
+
+    downcycle --src meta-llama/Meta-Llama-3-8B --keep 24
+
+    copies 24 of its 32 decoder layers, the embeddings and the head, byte for byte, into a checkpoint that transformers loads.
+    """
+    if context.invoked_subcommand:
+        if src is not None:
+            raise typer.BadParameter(f"--src makes a cut; with {context.invoked_subcommand} give its own arguments", context)
+        return
+    if src is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2 if len(sys.argv) > 1 else 0)
+    if (keep is None) == (layers is None):
+        raise typer.BadParameter("give either --keep N or --layers LIST", context)
+    if recipe != "none":
+        raise DowncycleError(f"--recipe {recipe}: no such preset; there is none yet but 'none'")
+    parent = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
+    kept = parse_layers(layers, parent.num_layers) if layers else choose(parent.num_layers, parse_count(keep or "", "--keep"), select)
+    child = keep_layers(parent, kept, rule="layers" if layers else select)
+    target = out or Path(child_name(parent, child))
+    plan = plan_write(child, size := parse_count(max_shard_size, "--max-shard-size"))
+    summary = _summary(parent, child, kept, plan, target)
+    if not as_json:
+        _print_cut(parent, kept, summary, dry_run)
+    if not dry_run:
+        with progress_bar("writing", plan.write_bytes, as_json) as advance, _say_staging(target):
+            write(child, target, max_shard_size=size, overwrite=overwrite, progress=advance)
+    if as_json:
+        _print_json(summary | {"written": not dry_run})
+    elif not dry_run:
+        typer.echo(f"{target}")
+
+
+@app.command()
+def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
+    """Show layers, parameters, bytes and dtypes of a checkpoint, from its headers alone."""
+    facts = describe(open_checkpoint(src, revision, trust_remote_code=trust_remote_code))
+    if as_json:
+        _print_json(facts)
+        return
+    sizes = facts["layer_elements"]
+    dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in facts["dtypes"].items())
+    rows = {
+        "model": " ".join(filter(None, [facts["name"], facts["revision"]])),
+        "family": f"{facts['model_type']} ({', '.join(facts['architectures'] or ['no architecture named'])})",
+        "layers": f"{facts['layers']} (0-{facts['layers'] - 1})" + "".join(f", {n} {kind}" for kind, n in facts["layer_kinds"].items()),
+        "each layer": " to ".join(f"{count:,}" for count in sorted({min(sizes), max(sizes)})) + " parameters",
+        "parameters": f"{facts['elements']:,}" + (f" (packed by {facts['quantization']})" if facts["quantization"] else ""),
+        "size": f"{format_bytes(facts['bytes'])} in {facts['tensors']:,} tensors",
+        "dtypes": dtypes,
+        "files": ", ".join(facts["files"]) or "none beside config and weights",
+    }
+    for title, text in rows.items():
+        typer.echo(f"{title:<11} {text}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that downcycle wrote.")],
+    src: Annotated[str | None, typer.Option(metavar="SRC", help="The parent [default: as downcycle.json says].")] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Prove, byte for byte, that a child holds exactly its parent's layers."""
+    total = open_checkpoint(folder, trust_remote_code=trust_remote_code).nbytes
+    with progress_bar("comparing", total, as_json) as advance:
+        proof = verify_folder(folder, src, trust_remote_code=trust_remote_code, progress=advance)
+    if as_json:
+        _print_json({"verified": True, **vars(proof)})
+    else:
+        typer.echo(
+            f"{folder} is layers {format_layers(proof.layers)} of {proof.parent}: "
+            f"{proof.tensors} tensors, {format_bytes(proof.bytes)} and {proof.files} files compared, all equal"
+        )
+
+
+def main() -> None:
+    """Run the command line; end with 0, 1 (one line on stderr), 2 (usage) or 130 (Ctrl-C)."""
+    try:
+        app()
+    except DowncycleError as error:
+        sys.exit(_fail(str(error), 1))
+    except KeyboardInterrupt as error:
+        sys.exit(_fail(str(error) or "interrupted", 130))
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def _fail(text: str, status: int) -> int:
+    print(f"downcycle: {' '.join(text.split())}", file=sys.stderr)
+    return status
+
+
+def parse_count(text: str, option: str) -> int:
+    """Read 24, 5GB or 1B (decimal units; GiB and MiB are binary)."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgtb])(i?)b?)?\s*", text, re.IGNORECASE)
+    if not match or len(text) > 20:
+        raise DowncycleError(f"{option} {text}: not a number; write it like 24, 5GB or 1B")
+    power = {"k": 1, "m": 2, "g": 3, "b": 3, "t": 4}.get((match[2] or "").lower(), 0)
+    count = float(match[1]) * (1024 if match[3] else 1000) ** power
+    if count != int(count):
+        raise DowncycleError(f"{option} {text}: not a whole number")
+    return int(count)
+
+
+def format_bytes(count: float) -> str:
+    """Write bytes in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def layer_map(depth: int, kept: list[int]) -> str:
+    """Draw kept layers as full and dropped ones as light blocks, in the parent's order; a layer kept n times as the digit n."""
+    full, light = ("█", "░") if "utf" in (sys.stderr.encoding or "").lower() else ("#", ".")
+    return "".join({0: light, 1: full}.get(times := kept.count(layer), str(min(times, 9))) for layer in range(depth))
+
+
+def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan, target: Path) -> dict[str, Any]:
+    return {
+        "parent": parent.name,
+        "revision": parent.revision,
+        "out": str(target),
+        "layers": kept,
+        "dropped": sorted(set(range(parent.num_layers)) - set(kept)),
+        "parameters": {"parent": parent.num_elements, "child": child.num_elements},
+        "shards": {shard.name: shard.size for shard in plan.shards},
+        "files": sorted(plan.files),
+        "bytes": {"read": plan.read_bytes, "write": plan.write_bytes, "download": plan.download_bytes},
+    }
+
+
+def _print_cut(parent: Checkpoint, kept: list[int], summary: dict[str, Any], dry_run: bool) -> None:
+    before, after, size = summary["parameters"]["parent"], summary["parameters"]["child"], summary["bytes"]
+    lines = [
+        f"{layer_map(parent.num_layers, kept)}  keep {format_layers(kept)} of {parent.num_layers}",
+        f"{before:,} parameters -> {after:,} ({after / before:.1%})",
+    ]
+    if dry_run:
+        download = f", download {format_bytes(size['download'])}" if size["download"] else ""
+        lines.append(f"would read {format_bytes(size['read'])}{download}, write {format_bytes(size['write'])} into {summary['out']}:")
+        lines += [f"  {name}  {format_bytes(count)}" for name, count in summary["shards"].items()]
+        lines.append(f"  {', '.join(summary['files'])}")
+    for line in lines:
+        typer.echo(line, err=not dry_run)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show bytes and rate on stderr where that is a terminal; give the function that advances it."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def _say_staging(target: Path) -> Iterator[None]:
+    """Tell a user who interrupts a cut where the finished part is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        staging = staging_path(target.absolute())
+        kept = f"; what is done stays in {staging}, and the same command goes on from there" if staging.exists() else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from None
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,1 @@
+"""Checkpoint -> Checkpoint: opening, cutting, writing and proving. Imports nothing from the other folders."""

@@ -1,0 +1,237 @@
+"""A checkpoint as a value: a config, a few small files and a list of named tensors, each a byte range or a computation.
+
+Opening one reads headers only. Nothing here loads a weight, writes a file or needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cached_property
+from hashlib import sha256
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import DowncycleError
+from .families import num_layers
+from .header import LENGTH_BYTES, header_length, parse_header, tensor_nbytes
+from .sources import CHUNK, LocalFolder, Source
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "recipes" / "demo" / "model"
+CONFIG, INDEX, SINGLE, LINEAGE = "config.json", "model.safetensors.index.json", "model.safetensors", "downcycle.json"
+
+# What belongs to a model besides weights and config. Anything else in the folder (optimizer states, logs, keys) stays behind.
+SMALL_FILES = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "*.tiktoken", "*.jinja", "chat_template*", "chat_templates/*", "additional_chat_templates/*", "*processor_config.json",
+    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+CODE_FILES = ("*.py",)
+PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "consolidated*.pth", "tf_model.h5", "flax_model.msgpack")
+
+Chunks = Callable[[], Iterable[bytes]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A byte range of one file of a source."""
+
+    source: Source
+    path: str
+    start: int
+    length: int
+
+    def read(self) -> bytes:
+        """Return the bytes, all at once: for small files."""
+        return self.source.read(self.path, self.start, self.length)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the bytes in pieces of at most 8 MiB."""
+        for done in range(0, self.length, CHUNK):
+            yield self.source.read(self.path, self.start + done, min(CHUNK, self.length - done))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named tensor's dtype (as safetensors spells it), shape and bytes: a range of a file, or a function that yields them in pieces."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Span | Chunks
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return tensor_nbytes(self.dtype, self.shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the bytes in order, in pieces that fit in memory."""
+        yield from self.data.chunks() if isinstance(self.data, Span) else self.data()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that may or may not have been written. Never changed in place: operations return a new one.
+
+    name: what it is called, a folder or a Hub id. config: config.json. tensors: in the order in which they lie in their files.
+    files: the small files, copied or given. lineage: downcycle.json, how it was made from what; empty for a model not made here.
+    """
+
+    name: str
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, Span | bytes] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    revision: str | None = None
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        """How many decoder layers the config states."""
+        return num_layers(self.config)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def num_elements(self) -> int:
+        """Numbers stored: the parameters, where the weights are not packed."""
+        return sum(prod(tensor.shape) for tensor in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the config and of every tensor's name, dtype and shape: equal for two copies of one architecture."""
+        tensors = sorted((name, tensor.dtype, tensor.shape) for name, tensor in self.tensors.items())
+        return sha256(json.dumps([self.config, tensors], sort_keys=True).encode()).hexdigest()
+
+
+def open_checkpoint(src: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a folder, a Hub repo or the built-in model `demo` by reading its config and headers.
+
+    Args:
+        revision: branch, tag or commit of a Hub repo.
+        trust_remote_code: accept a model whose config names Python code of its own (copied, never run here).
+    Raises:
+        DowncycleError: not a safetensors checkpoint, or a damaged one.
+    """
+    source = find_source(src, revision)
+    config = _config(source, trust_remote_code)
+    tensors, metadata = _tensors(source)
+    wanted = SMALL_FILES + (CODE_FILES if trust_remote_code else ())
+    files = {
+        path: Span(source, path, 0, size)
+        for path, size in source.files.items()
+        if any(fnmatch(path, pattern) for pattern in wanted) and path.count("/") <= 1
+    }
+    lineage = load_json(source, LINEAGE) if LINEAGE in source.files else {}
+    return Checkpoint(source.name, config, tensors, files, metadata, source.revision, lineage)
+
+
+def find_source(src: str | Path, revision: str | None = None) -> Source:
+    """Say where `src` is: the built-in model, a folder on this machine, or a Hub repo."""
+    text = str(src)
+    if text == DEMO:
+        return LocalFolder(DEMO_FOLDER, name=DEMO)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise DowncycleError(f"--revision {revision}: {text} is a folder, and only a Hub repo has revisions; leave it out")
+        return LocalFolder(folder, name=text)
+    if folder.exists():
+        raise DowncycleError(f"{text}: a file; give the folder that holds config.json and the safetensors files")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "/", "~")):
+        raise DowncycleError(f"{text}: no such folder, and not a Hub id (USER/NAME); check the path")
+    from .hub import open_hub
+
+    return open_hub(text, revision)
+
+
+def load_json(source: Source, path: str) -> dict[str, Any]:
+    """Read a JSON object from a source."""
+    where = f"{source.name}/{path}"
+    if path not in source.files:
+        raise DowncycleError(f"{where}: not there; a checkpoint folder holds {CONFIG} and safetensors files")
+    try:
+        value = json.loads(source.read(path, 0, source.files[path]))
+    except (ValueError, RecursionError) as error:
+        raise DowncycleError(f"{where}: not valid JSON ({str(error)[:80]}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise DowncycleError(f"{where}: holds no JSON object; fetch it again")
+    return value
+
+
+def _config(source: Source, trust_remote_code: bool) -> dict[str, Any]:
+    if CONFIG not in source.files and "adapter_config.json" in source.files:
+        raise DowncycleError(f"{source.name}: an adapter, not a model; merge it into its base model first")
+    config = load_json(source, CONFIG)
+    if config.get("auto_map") and not trust_remote_code:
+        raise DowncycleError(
+            f"{source.name}: its config names Python code of its own (auto_map); if you trust it, give --trust-remote-code: "
+            "the code is copied, not run, and the cut is by general rules"
+        )
+    return config
+
+
+def _tensors(source: Source) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the headers of every shard, several at once where the source takes several connections."""
+    weight_map = _weight_map(source)
+    shards = sorted(set(weight_map.values()))
+    with ThreadPoolExecutor(source.connections) as pool:
+        headers = dict(zip(shards, pool.map(lambda path: _header(source, path), shards), strict=True))
+    tensors: dict[str, Tensor] = {}
+    for path, (entries, _) in headers.items():
+        for name, entry in entries.items():
+            if name in tensors:
+                raise DowncycleError(f"{source.name}: tensor {name} stands in two shards, one of them {path}; fetch it again")
+            tensors[name] = Tensor(entry.dtype, entry.shape, Span(source, path, entry.start, entry.end - entry.start))
+    for name, path in weight_map.items():
+        if name and name not in headers[path][0]:
+            raise DowncycleError(f"{source.name}/{INDEX}: puts {name} into {path}, which does not hold it; fetch both again")
+    if not tensors:
+        raise DowncycleError(f"{source.name}: its safetensors files hold no tensor")
+    return tensors, next(iter(headers.values()))[1]
+
+
+def _header(source: Source, path: str) -> tuple[dict, dict[str, str]]:
+    size, where = source.files[path], f"{source.name}/{path}"
+    length = header_length(source.read(path, 0, min(LENGTH_BYTES, size)), size, where)
+    return parse_header(source.read(path, LENGTH_BYTES, length), size, where)
+
+
+def _weight_map(source: Source) -> dict[str, str]:
+    """Map each tensor that the index names to its shard; without an index, the one file stands under an empty name."""
+    if INDEX not in source.files:
+        single = [path for path in source.files if "/" not in path and path.endswith(".safetensors")]
+        if SINGLE in single or len(single) == 1:
+            return {"": SINGLE if SINGLE in single else single[0]}
+        raise _no_weights(source, single)
+    weight_map = load_json(source, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DowncycleError(f"{source.name}/{INDEX}: has no weight_map; fetch it again")
+    for path in set(map(str, weight_map.values())):
+        parts = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in path:
+            raise DowncycleError(f"{source.name}/{INDEX}: names the file {path!r}, which lies outside the checkpoint; do not trust it")
+        if path not in source.files:
+            raise DowncycleError(f"{source.name}: the index names {path!r}, which is not there; fetch it again")
+    return weight_map
+
+
+def _no_weights(source: Source, single: list[str]) -> DowncycleError:
+    if single:
+        return DowncycleError(f"{source.name}: {len(single)} safetensors files but no {INDEX}; fetch the repo whole")
+    pickles = [path for path in source.files if any(fnmatch(path, pattern) for pattern in PICKLES)]
+    if pickles:
+        return DowncycleError(
+            f"{source.name}: its weights are pickled ({pickles[0]}), which can run code when read. Convert them with: python -c "
+            f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{source.name}').save_pretrained('DIR')\""
+        )
+    return DowncycleError(f"{source.name}: no safetensors files; a checkpoint folder holds {CONFIG} and {SINGLE} or shards")

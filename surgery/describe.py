@@ -1,0 +1,39 @@
+"""What a checkpoint is made of, from its headers alone: layers and their kinds, parameters, bytes, dtypes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from typing import Any
+
+from .checkpoint import Checkpoint, Span
+from .layers import by_layer
+
+KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what `downcycle inspect` prints. Elements are numbers stored: parameters, where weights are not packed.
+
+    layer_kinds counts the layers of each kind that the config names; layer_elements lists the elements of each layer.
+    """
+    dtypes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        dtypes[tensor.dtype] += prod(tensor.shape)
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    kinds = Counter(kind for field in KINDS for kind in config.get(field) or ())
+    return {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "model_type": checkpoint.config.get("model_type"),
+        "architectures": checkpoint.config.get("architectures"),
+        "layers": checkpoint.num_layers,
+        "layer_kinds": dict(kinds.most_common()),
+        "layer_elements": [sum(prod(tensor.shape) for tensor in layer.values()) for layer in by_layer(checkpoint)],
+        "elements": checkpoint.num_elements,
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.nbytes,
+        "dtypes": dict(dtypes.most_common()),
+        "quantization": (checkpoint.config.get("quantization_config") or {}).get("quant_method"),
+        "files": {path: data.length if isinstance(data, Span) else len(data) for path, data in checkpoint.files.items()},
+    }

@@ -1,0 +1,114 @@
+"""Where the bytes of a checkpoint come from: a local folder.
+
+Reads byte ranges of files and copies them into other files. Knows nothing of tensors or configs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from .errors import DowncycleError
+
+CHUNK = 8 << 20
+Progress = Callable[[int], None]
+
+
+class Source(Protocol):
+    """A set of files that can be read by byte range."""
+
+    name: str
+    revision: str | None
+    connections: int
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Size in bytes of each file, by its path relative to the source, with forward slashes."""
+
+    def identity(self, path: str) -> str:
+        """A string that changes when the content of the file changes."""
+
+    def read(self, path: str, start: int, length: int) -> bytes:
+        """Return exactly these bytes of a file, or raise a DowncycleError."""
+
+    def copy(self, path: str, start: int, length: int, into: int, offset: int, progress: Progress) -> None:
+        """Copy exactly these bytes of a file into the open file descriptor `into`, at `offset`.
+
+        Calls `progress` with the number of bytes of each step. Safe to call from several threads.
+        """
+
+
+class LocalFolder:
+    """A folder on this machine; symbolic links in it are followed, as the Hub's cache is made of them."""
+
+    connections = 1
+
+    def __init__(self, folder: Path, name: str | None = None, revision: str | None = None):
+        self.folder = folder
+        self.name = name or str(folder)
+        self.revision = revision
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        found = {}
+        for path in sorted(self.folder.iterdir()):
+            for file in sorted(path.rglob("*")) if path.is_dir() and not path.name.startswith(".") else [path]:
+                if file.is_file():
+                    found[file.relative_to(self.folder).as_posix()] = file.stat().st_size
+        return found
+
+    def identity(self, path: str) -> str:
+        status = self._path(path).stat()
+        return f"{status.st_size}:{status.st_mtime_ns}"
+
+    def read(self, path: str, start: int, length: int) -> bytes:
+        with self._open(path) as file:
+            data = os.pread(file.fileno(), length, start)
+            while len(data) < length:
+                more = os.pread(file.fileno(), length - len(data), start + len(data))
+                if not more:
+                    raise self._ended(path, start + length)
+                data += more
+        return data
+
+    def copy(self, path: str, start: int, length: int, into: int, offset: int, progress: Progress) -> None:
+        with self._open(path) as file:
+            while length:
+                copied = _copy_some(file.fileno(), start, length, into, offset)
+                if not copied:
+                    raise self._ended(path, start + length)
+                progress(copied)
+                start, offset, length = start + copied, offset + copied, length - copied
+
+    def lies_in(self, folder: Path) -> bool:
+        """Whether any of these files, links followed, is inside `folder`: then it must not be written over."""
+        folder = folder.resolve()
+        return any(folder in path.resolve().parents for path in (self.folder / "x", *map(self._path, self.files)))
+
+    def _path(self, path: str) -> Path:
+        return self.folder / PurePosixPath(path)
+
+    def _open(self, path: str):
+        try:
+            return open(self._path(path), "rb", buffering=0)
+        except OSError as error:
+            raise DowncycleError(f"{self._path(path)}: {error.strerror}") from error
+
+    def _ended(self, path: str, end: int) -> DowncycleError:
+        return DowncycleError(f"{self._path(path)}: ends before byte {end}; the file is truncated, fetch it again")
+
+
+def _copy_some(source: int, start: int, length: int, into: int, offset: int) -> int:
+    """Copy up to 128 MiB inside the kernel, or 8 MiB through a buffer where the file systems cannot; return the count."""
+    try:
+        return os.copy_file_range(source, into, min(length, 128 << 20), start, offset)
+    except AttributeError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+            raise
+    return os.pwrite(into, os.pread(source, min(length, CHUNK), start), offset)

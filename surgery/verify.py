@@ -1,0 +1,97 @@
+"""Prove that the files of a folder hold what a Checkpoint value says, byte for byte.
+
+Reads both sides in pieces; decodes no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import LINEAGE, Checkpoint, Span, Tensor, open_checkpoint
+from .errors import DowncycleError
+from .layers import keep_layers
+from .sources import Progress
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared and found equal."""
+
+    parent: str
+    layers: list[int]
+    tensors: int
+    files: int
+    bytes: int
+
+
+def verify(folder: str | Path, src: str | Path | None = None, *, trust_remote_code: bool = False, progress: Progress = lambda n: None) -> Proof:
+    """Make the checkpoint again, as a value, from its parent and downcycle.json, and compare the folder with it.
+
+    Args:
+        src: the parent, where it is not where downcycle.json says.
+        progress: called with the number of bytes of each step.
+    Raises:
+        DowncycleError: anything differs; names the first differences.
+    """
+    found = open_checkpoint(folder, trust_remote_code=trust_remote_code)
+    expected = rebuild(found, src, trust_remote_code=trust_remote_code)
+    faults = list(differences(expected, found, progress))
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise DowncycleError(f"{folder} is not what {LINEAGE} says: {'; '.join(faults[:3])}{more}. Cut it again")
+    lineage = expected.lineage
+    return Proof(lineage["parent"], lineage["layers"], len(expected.tensors), len(expected.files) + 1, expected.nbytes)
+
+
+def rebuild(made: Checkpoint, src: str | Path | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Return the value that a checkpoint was written from, by its downcycle.json."""
+    if not made.lineage:
+        raise DowncycleError(f"{made.name}: holds no {LINEAGE}; only a folder that downcycle wrote can be verified")
+    try:
+        parent_name, revision, layers, fingerprint, rule = (
+            made.lineage[key] for key in ("parent", "revision", "layers", "fingerprint", "rule")
+        )
+    except KeyError as error:
+        raise DowncycleError(f"{made.name}/{LINEAGE}: lacks {error}; it was changed, or is another version's") from error
+    parent = open_checkpoint(src or parent_name, revision if src is None else None, trust_remote_code=trust_remote_code)
+    if parent.fingerprint != fingerprint:
+        raise DowncycleError(f"{parent.name} is not the parent of {made.name}: config or tensors differ; give the parent with --src")
+    return keep_layers(parent, layers, rule)
+
+
+def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = lambda n: None) -> Iterator[str]:
+    """Yield each way in which two checkpoints differ, in words; nothing where they are equal."""
+    for key in sorted({*expected.config, *found.config}):
+        if expected.config.get(key) != found.config.get(key):
+            yield f"config.json: {key} is {str(found.config.get(key))[:60]} instead of {str(expected.config.get(key))[:60]}"
+    for path, data in expected.files.items():
+        if path not in found.files:
+            yield f"{path} is missing"
+        elif _read(data) != _read(found.files[path]):
+            yield f"{path} differs"
+    for name in (name for name in found.tensors if name not in expected.tensors):
+        yield f"tensor {name} does not belong"
+    for name, tensor in expected.tensors.items():
+        if name not in found.tensors:
+            yield f"tensor {name} is missing"
+        elif fault := _differ(tensor, found.tensors[name], progress):
+            yield f"tensor {name} {fault}"
+
+
+def _differ(expected: Tensor, found: Tensor, progress: Progress) -> str:
+    if (expected.dtype, expected.shape) != (found.dtype, found.shape):
+        return f"is {found.dtype} {list(found.shape)} instead of {expected.dtype} {list(expected.shape)}"
+    assert isinstance(found.data, Span)
+    done = 0
+    for chunk in expected.chunks():
+        if found.data.source.read(found.data.path, found.data.start + done, len(chunk)) != chunk:
+            return f"differs between bytes {done} and {done + len(chunk)}"
+        done += len(chunk)
+        progress(len(chunk))
+    return ""
+
+
+def _read(data: Span | bytes) -> bytes:
+    return data.read() if isinstance(data, Span) else data

@@ -1,0 +1,376 @@
+"""Turn a Checkpoint value into files: sharded, atomic, resumable, in bounded memory. The only code that writes a checkpoint.
+
+Everything is made in a staging folder beside the target, flushed, and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CONFIG, INDEX, LINEAGE, SINGLE, Checkpoint, Span, Tensor
+from .errors import DowncycleError
+from .header import DTYPE_BITS, build_header
+from .sources import LocalFolder, Progress, Source
+
+PLAN = "plan.sha256"
+PIECE = 64 << 20  # bytes that a remote source is asked for at once, and that a cut-off download loses at most
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file to be written."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+    @cached_property
+    def header(self) -> bytes:
+        """The file's first bytes."""
+        return build_header({name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}, self.metadata)
+
+    @cached_property
+    def size(self) -> int:
+        """Size of the whole file in bytes."""
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def placed(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield each tensor with its offset in the file."""
+        offset = len(self.header)
+        for tensor in self.tensors.values():
+            yield offset, tensor
+            offset += tensor.nbytes
+
+    def copies(self) -> Iterator[tuple[int, Span]]:
+        """Yield offsets and the byte ranges that go there, ranges that touch in both files joined into one."""
+        last: tuple[int, Span] | None = None
+        for offset, tensor in self.placed():
+            if not isinstance(tensor.data, Span):
+                continue
+            span = tensor.data
+            if last and _touch(*last, offset, span):
+                last = last[0], Span(span.source, span.path, last[1].start, last[1].length + span.length)
+            else:
+                if last:
+                    yield last
+                last = offset, span
+        if last:
+            yield last
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `write` will write, known before a weight is read."""
+
+    shards: tuple[Shard, ...]
+    files: Mapping[str, Span | bytes]
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes that the folder will hold."""
+        return sum(shard.size for shard in self.shards) + sum(_length(data) for data in self.files.values())
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes that come from the Hub."""
+        return sum(span.length for span in self._spans() if not isinstance(span.source, LocalFolder))
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are copied from the source, wherever it is."""
+        return sum(span.length for span in self._spans())
+
+    def _spans(self) -> Iterator[Span]:
+        for shard in self.shards:
+            yield from (span for _, span in shard.copies())
+        yield from (data for data in self.files.values() if isinstance(data, Span))
+
+    def sources(self) -> list[Source]:
+        """The sources that bytes are copied from."""
+        return list({id(span.source): span.source for span in self._spans()}.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides the output: a staging folder with the same digest holds a part of it."""
+        digest = sha256()
+        for shard in self.shards:
+            digest.update(shard.name.encode() + shard.header)
+            for offset, span in shard.copies():
+                digest.update(repr((offset, span.source.name, span.path, span.source.identity(span.path), span.start)).encode())
+        for path, data in self.files.items():
+            digest.update(repr((path, data if isinstance(data, bytes) else (data.path, data.source.identity(data.path)))).encode())
+        return digest.hexdigest()
+
+
+def plan_write(checkpoint: Checkpoint, max_shard_size: int = 5_000_000_000) -> Plan:
+    """Lay a checkpoint out in shards of at most `max_shard_size` bytes of tensors each (a larger tensor gets its own)."""
+    if max_shard_size < 1:
+        raise DowncycleError(f"--max-shard-size {max_shard_size}: give a size such as 5GB")
+    groups: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in checkpoint.tensors.items():
+        if groups[-1] and filled + tensor.nbytes > max_shard_size:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = tensor
+        filled += tensor.nbytes
+    names = [SINGLE] if len(groups) == 1 else [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    shards = tuple(Shard(name, _aligned(group), checkpoint.metadata) for name, group in zip(names, groups, strict=True))
+    files: dict[str, Span | bytes] = {**checkpoint.files, CONFIG: _json(checkpoint.config)}
+    if checkpoint.lineage:
+        files[LINEAGE] = _json(checkpoint.lineage)
+    if len(shards) > 1:
+        weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+        files[INDEX] = _json({"metadata": {"total_size": checkpoint.nbytes}, "weight_map": weight_map})
+    return Plan(shards, files)
+
+
+def write(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    max_shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Progress = lambda count: None,
+) -> Path:
+    """Write a checkpoint as a folder that appears under its name only when it is whole.
+
+    A run that was stopped leaves a staging folder, `.NAME.downcycle` beside the target; the same call goes on from there.
+
+    Args:
+        overwrite: replace an existing checkpoint folder. Another kind of folder is never replaced.
+        progress: called with the number of bytes of each step.
+    Raises:
+        DowncycleError: the target exists or is the source, the disk is full or read-only, or another run writes the same target.
+    """
+    out = Path(os.path.abspath(Path(out).expanduser()))
+    plan = plan_write(checkpoint, max_shard_size)
+    _check_target(out, plan, overwrite)
+    with _staging_folder(out, plan) as staging:
+        _check_space(staging, plan)
+        for shard in plan.shards:
+            _write_shard(shard, staging, progress)
+        for path, data in plan.files.items():
+            _write_file(staging / path, data)
+            progress(_length(data))
+        (staging / PLAN).unlink()
+        _flush_folders(staging)
+        _publish(staging, out)
+    return out
+
+
+def staging_path(out: Path) -> Path:
+    """Where a target is prepared: beside it, so that one rename completes it."""
+    return out.with_name(f".{out.name}.downcycle")
+
+
+def _check_target(out: Path, plan: Plan, overwrite: bool) -> None:
+    for source in plan.sources():
+        if isinstance(source, LocalFolder) and source.lies_in(out):
+            raise DowncycleError(f"--out {out}: holds the source {source.name}; choose another folder")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise DowncycleError(f"--out {out}: exists and is no folder; choose another name")
+    if any(out.iterdir()):
+        if not overwrite:
+            raise DowncycleError(f"--out {out}: exists already; choose another folder, or give --overwrite to replace it")
+        if not (out / CONFIG).is_file():
+            raise DowncycleError(f"--out {out}: exists and holds no checkpoint; --overwrite replaces checkpoints only")
+
+
+@contextmanager
+def _staging_folder(out: Path, plan: Plan) -> Iterator[Path]:
+    """Give a locked staging folder that holds this plan's finished shards or nothing; say where it is when the work fails."""
+    staging = staging_path(out)
+    try:
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(staging, out)
+    except OSError as error:
+        raise DowncycleError(f"--out {out}: {error.strerror}; choose a folder that can be written") from error
+    try:
+        _claim(staging, plan)
+        yield staging
+    except OSError as error:
+        what = "the disk is full; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise DowncycleError(f"{out.name} is not complete: {what}. {_resume(staging)}") from error
+    except DowncycleError as error:
+        if not any(staging.glob("*.safetensors*")):
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        raise DowncycleError(f"{error} {_resume(staging)}") from error
+    finally:
+        os.close(lock)
+
+
+def _resume(staging: Path) -> str:
+    return f"What is done stays in {staging}; the same command goes on from there."
+
+
+def _lock(staging: Path, out: Path) -> int:
+    """Create the staging folder and lock it; the lock goes with the process, however it ends."""
+    while True:
+        staging.mkdir(exist_ok=True)
+        folder = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise DowncycleError(f"--out {out}: another run is writing it; wait for it or choose another folder") from None
+        if staging.exists() and os.path.samestat(os.fstat(folder), staging.stat()):
+            return folder
+        os.close(folder)  # the other run has just completed and renamed it
+
+
+def _claim(staging: Path, plan: Plan) -> None:
+    """Empty the staging folder unless it was begun for the same plan."""
+    mark = staging / PLAN
+    if mark.is_file() and mark.read_text() == plan.digest:
+        return
+    for path in staging.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    mark.write_text(plan.digest)
+
+
+def _check_space(staging: Path, plan: Plan) -> None:
+    there = sum(path.stat().st_blocks * 512 for path in staging.iterdir())
+    free = shutil.disk_usage(staging).free
+    if plan.write_bytes - there > free:
+        raise DowncycleError(
+            f"{staging.parent}: {(plan.write_bytes - there) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            "free some space or choose --out on another disk"
+        )
+
+
+def _write_shard(shard: Shard, staging: Path, progress: Progress) -> None:
+    final, part, journal = (staging / f"{shard.name}{suffix}" for suffix in ("", ".part", ".done"))
+    if final.is_file():
+        progress(shard.size)
+        return
+    done = set(journal.read_text().split("\n")[:-1]) if journal.is_file() and part.is_file() else set()
+    with open(part, "r+b" if done else "wb", buffering=0) as file:
+        _pwrite(file.fileno(), shard.header, 0)
+        progress(len(shard.header))
+        for offset, tensor in shard.placed():
+            if not isinstance(tensor.data, Span):
+                _write_computed(file.fileno(), tensor, offset, progress)
+        _copy_all(list(shard.copies()), file.fileno(), journal, done, progress)
+        os.fsync(file.fileno())
+    journal.unlink(missing_ok=True)
+    part.rename(final)
+
+
+def _write_computed(file: int, tensor: Tensor, offset: int, progress: Progress) -> None:
+    end = offset + tensor.nbytes
+    for chunk in tensor.chunks():
+        _pwrite(file, chunk, offset)
+        progress(len(chunk))
+        offset += len(chunk)
+    if offset != end:
+        raise ValueError(f"a computed tensor gave {tensor.nbytes + offset - end} bytes instead of {tensor.nbytes}")
+
+
+def _copy_all(copies: list[tuple[int, Span]], file: int, journal: Path, done: set[str], progress: Progress) -> None:
+    """Copy ranges into the file: one after the other from a disk, several at once and journalled from a remote source."""
+    local = [(offset, span) for offset, span in copies if span.source.connections == 1]
+    for offset, span in local:
+        span.source.copy(span.path, span.start, span.length, file, offset, progress)
+    pieces = [piece for offset, span in copies if span.source.connections > 1 for piece in _pieces(offset, span)]
+    if not pieces:
+        return
+
+    def fetch(offset: int, span: Span) -> None:
+        if str(offset) in done:
+            progress(span.length)
+            return
+        span.source.copy(span.path, span.start, span.length, file, offset, progress)
+        os.fdatasync(file)
+        os.write(log, f"{offset}\n".encode())
+
+    log = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        with ThreadPoolExecutor(max(span.source.connections for _, span in pieces)) as pool:
+            futures = [pool.submit(fetch, offset, span) for offset, span in pieces]
+            try:
+                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+            for future in finished:
+                future.result()
+    finally:
+        os.close(log)
+
+
+def _pieces(offset: int, span: Span) -> Iterator[tuple[int, Span]]:
+    for done in range(0, span.length, PIECE):
+        yield offset + done, Span(span.source, span.path, span.start + done, min(PIECE, span.length - done))
+
+
+def _write_file(path: Path, data: Span | bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb") as file:
+        for chunk in data.chunks() if isinstance(data, Span) else [data]:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Give the finished folder its name. What it replaces is set aside first, and deleted last."""
+    aside = out.with_name(f".{out.name}.replaced")
+    if out.exists() and any(out.iterdir()):
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+    staging.rename(out)
+    _flush(out.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush_folders(folder: Path) -> None:
+    for path in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        _flush(path)
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _pwrite(file: int, data: bytes, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put wide dtypes first, as safetensors does: a reader may map a tensor only at a multiple of its element size."""
+    return dict(sorted(tensors.items(), key=lambda item: -DTYPE_BITS[item[1].dtype]))
+
+
+def _touch(offset: int, span: Span, next_offset: int, following: Span) -> bool:
+    same = span.source is following.source and span.path == following.path
+    return same and span.start + span.length == following.start and offset + span.length == next_offset
+
+
+def _length(data: Span | bytes) -> int:
+    return len(data) if isinstance(data, bytes) else data.length
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
