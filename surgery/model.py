@@ -11,6 +11,16 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import CONFIG, Checkpoint, Span, Tensor
 from .errors import DowncycleError
 from .sources import LocalFolder
+from .write import write
+
+GENERATION = "generation_config.json"
+
+# Names that safetensors and torch spell differently are spelled out; sub-byte dtypes have none.
+TORCH_DTYPES = {
+    **{f"{kind}{bits}": f"{word}{bits}" for kind, word in (("F", "float"), ("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{"BF16": "bfloat16", "BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    **{"F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2"},
+}
 
 if TYPE_CHECKING:
     import torch
@@ -26,33 +36,38 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
         options: for `AutoModelForCausalLM.from_pretrained`, such as dtype or device_map.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        import torch  # noqa: F401
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
     except ImportError as error:
         raise DowncycleError("loading a model needs torch and transformers: pip install 'downcycle[score]'") from error
-    maps: dict[Path, torch.Tensor] = {}
-    weights = {name: _as_torch(tensor, maps) for name, tensor in checkpoint.tensors.items()}
     with tempfile.TemporaryDirectory(prefix="downcycle-") as folder:
+        if checkpoint.config.get("auto_map"):
+            return AutoModelForCausalLM.from_pretrained(write(checkpoint, Path(folder) / "model"), **options).eval()
         (Path(folder) / CONFIG).write_text(json.dumps(checkpoint.config))
-        for path, data in checkpoint.files.items():
-            if path == "generation_config.json" or path.endswith(".py"):
-                (Path(folder) / path).write_bytes(data.read() if isinstance(data, Span) else data)
-        return AutoModelForCausalLM.from_pretrained(folder, state_dict=weights, **options).eval()
+        config = AutoConfig.from_pretrained(folder)
+        maps: dict[Path, torch.Tensor] = {}
+        weights = {name: _as_torch(tensor, maps) for name, tensor in checkpoint.tensors.items()}
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=weights, **options).eval()
+        if GENERATION in checkpoint.files:
+            data = checkpoint.files[GENERATION]
+            (Path(folder) / GENERATION).write_bytes(data if isinstance(data, bytes) else data.read())
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
 
 
 def _as_torch(tensor: Tensor, maps: dict[Path, torch.Tensor]) -> torch.Tensor:
     """Give a tensor's bytes as a torch tensor: a view of the mapped file where there is one."""
     import torch
-    from safetensors.torch import _TYPES
 
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[tensor.dtype])
     if isinstance(tensor.data, Span) and isinstance(tensor.data.source, LocalFolder):
         span = tensor.data
-        whole = _map_file(tensor.data.source.folder / span.path, maps)
-        flat = whole[span.start : span.start + span.length]
-        if span.start % _TYPES[tensor.dtype].itemsize:
+        flat = _map_file(tensor.data.source.folder / span.path, maps)[span.start : span.start + span.length]
+        if span.start % dtype.itemsize:
             flat = flat.clone()
     else:
-        flat = torch.frombuffer(bytearray(b"".join(tensor.chunks())) or bytearray(1), dtype=torch.uint8)[: tensor.nbytes]
-    return flat.view(_TYPES[tensor.dtype]).reshape(tensor.shape)
+        flat = torch.frombuffer(bytearray().join(tensor.chunks()) or bytearray(1), dtype=torch.uint8)[: tensor.nbytes]
+    return flat.view(dtype).reshape(tensor.shape)
 
 
 def _map_file(path: Path, maps: dict[Path, torch.Tensor]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import errno
 import os
 from collections.abc import Callable
 from functools import cached_property
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -21,9 +22,17 @@ Progress = Callable[[int], None]
 class Source(Protocol):
     """A set of files that can be read by byte range."""
 
-    name: str
-    revision: str | None
-    connections: int
+    @property
+    def name(self) -> str:
+        """What the user called it: a folder or a Hub id."""
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a Hub repo."""
+
+    @property
+    def connections(self) -> int:
+        """How many copies are worth having in flight; more than one where bytes come over a network."""
 
     @property
     def files(self) -> dict[str, int]:
@@ -54,6 +63,7 @@ class LocalFolder:
 
     @cached_property
     def files(self) -> dict[str, int]:
+        """Sizes of the files of the folder and its visible subfolders."""
         found = {}
         for path in sorted(self.folder.iterdir()):
             for file in sorted(path.rglob("*")) if path.is_dir() and not path.name.startswith(".") else [path]:
@@ -62,10 +72,12 @@ class LocalFolder:
         return found
 
     def identity(self, path: str) -> str:
+        """Size and time of last change."""
         status = self._path(path).stat()
         return f"{status.st_size}:{status.st_mtime_ns}"
 
     def read(self, path: str, start: int, length: int) -> bytes:
+        """Return these bytes."""
         with self._open(path) as file:
             data = os.pread(file.fileno(), length, start)
             while len(data) < length:
@@ -76,6 +88,7 @@ class LocalFolder:
         return data
 
     def copy(self, path: str, start: int, length: int, into: int, offset: int, progress: Progress) -> None:
+        """Copy these bytes inside the kernel."""
         with self._open(path) as file:
             while length:
                 copied = _copy_some(file.fileno(), start, length, into, offset)
@@ -92,7 +105,7 @@ class LocalFolder:
     def _path(self, path: str) -> Path:
         return self.folder / PurePosixPath(path)
 
-    def _open(self, path: str):
+    def _open(self, path: str) -> FileIO:
         try:
             return open(self._path(path), "rb", buffering=0)
         except OSError as error:

@@ -26,7 +26,9 @@ class Proof:
     bytes: int
 
 
-def verify(folder: str | Path, src: str | Path | None = None, *, trust_remote_code: bool = False, progress: Progress = lambda n: None) -> Proof:
+def verify(
+    folder: str | Path, src: str | Path | None = None, *, trust_remote_code: bool = False, progress: Progress = lambda count: None
+) -> Proof:
     """Make the checkpoint again, as a value, from its parent and downcycle.json, and compare the folder with it.
 
     Args:
@@ -61,7 +63,7 @@ def rebuild(made: Checkpoint, src: str | Path | None = None, *, trust_remote_cod
     return keep_layers(parent, layers, rule)
 
 
-def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = lambda n: None) -> Iterator[str]:
+def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = lambda count: None) -> Iterator[str]:
     """Yield each way in which two checkpoints differ, in words; nothing where they are equal."""
     for key in sorted({*expected.config, *found.config}):
         if expected.config.get(key) != found.config.get(key):

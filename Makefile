@@ -1,0 +1,48 @@
+# make demo   cut, verify, load and run the built-in model
+# make test   all tests: first the core without torch, then everything
+# make lint   ruff and mypy          make bench   the figures of the README
+# Each sets up what it needs in .venv (and .venv-light) from nothing.
+
+PYTHON ?= python3
+PIP = -m pip install --quiet --disable-pip-version-check
+# One torch for all extras; asked for first, so that nothing pulls another build.
+TORCH = torch==2.13.0
+SOURCES = pyproject.toml constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo
+	rm -rf build/demo-9L
+	.venv/bin/downcycle --src demo --keep 9 --out build/demo-9L
+	.venv/bin/downcycle verify build/demo-9L --src demo
+	.venv/bin/python -W ignore recipes/demo/write_line.py build/demo-9L "The function returns"
+
+test: .venv-light/test .venv/all
+	.venv-light/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2
+
+lint: .venv/all
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: .venv/all .venv-light/test
+	.venv/bin/python tests/benchmarks/cut.py --light .venv-light/bin/downcycle $(BENCH)
+
+clean:
+	rm -rf .venv .venv-light build *.egg-info
+
+.venv/demo: $(SOURCES)
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) $(TORCH)
+	.venv/bin/python $(PIP) --constraint constraints.txt --editable '.[score]'
+	touch $@
+
+.venv/all: .venv/demo
+	.venv/bin/python $(PIP) --constraint constraints.txt --editable '.[all,test,lint]'
+	touch $@
+
+.venv-light/test: $(SOURCES)
+	test -x .venv-light/bin/python || $(PYTHON) -m venv .venv-light
+	.venv-light/bin/python $(PIP) --editable . pytest safetensors
+	touch $@
