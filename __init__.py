@@ -1,8 +1,8 @@
 """downcycle: make small language models out of large ones. A checkpoint is a value; every operation returns a new one.
 
-    parent = open_checkpoint("meta-llama/Meta-Llama-3-8B")
-    child = keep_layers(parent, choose(parent.num_layers, 24))
-    write(child, "Llama-3-6B")
+parent = open_checkpoint("meta-llama/Meta-Llama-3-8B")
+child = keep_layers(parent, choose(parent.num_layers, 24))
+write(child, "Llama-3-6B")
 """
 
 from .surgery.checkpoint import Checkpoint, Tensor, open_checkpoint
@@ -11,8 +11,9 @@ from .surgery.describe import describe
 from .surgery.errors import DowncycleError
 from .surgery.layers import keep_layers
 from .surgery.model import load_model
+from .surgery.plan import plan_write
 from .surgery.verify import verify
-from .surgery.write import plan_write, write
+from .surgery.write import write
 
 __all__ = [
     "Checkpoint",

@@ -18,8 +18,9 @@ from .surgery.describe import describe
 from .surgery.errors import DowncycleError
 from .surgery.layers import keep_layers
 from .surgery.naming import child_name
+from .surgery.plan import Plan, plan_write
 from .surgery.verify import verify as verify_folder
-from .surgery.write import Plan, plan_write, staging_path, write
+from .surgery.write import staging_path, write
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
