@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import CONFIG, Checkpoint, Span, Tensor
 from .errors import DowncycleError
-from .sources import LocalFolder
 from .write import write
 
 GENERATION = "generation_config.json"
@@ -47,7 +46,8 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         maps: dict[Path, torch.Tensor] = {}
         weights = {name: _as_torch(tensor, maps) for name, tensor in checkpoint.tensors.items()}
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=weights, **options).eval()
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = model_class.from_pretrained(None, config=config, state_dict=weights, **options).eval()
         if GENERATION in checkpoint.files:
             data = checkpoint.files[GENERATION]
             (Path(folder) / GENERATION).write_bytes(data if isinstance(data, bytes) else data.read())
@@ -60,9 +60,9 @@ def _as_torch(tensor: Tensor, maps: dict[Path, torch.Tensor]) -> torch.Tensor:
     import torch
 
     dtype: torch.dtype = getattr(torch, TORCH_DTYPES[tensor.dtype])
-    if isinstance(tensor.data, Span) and isinstance(tensor.data.source, LocalFolder):
-        span = tensor.data
-        flat = _map_file(tensor.data.source.folder / span.path, maps)[span.start : span.start + span.length]
+    span = tensor.data
+    if isinstance(span, Span) and span.length and (path := span.source.local_path(span.path)):
+        flat = _map_file(path, maps)[span.start : span.start + span.length]
         if span.start % dtype.itemsize:
             flat = flat.clone()
     else:

@@ -15,7 +15,6 @@ from typing import Any
 from .checkpoint import CONFIG, INDEX, LINEAGE, SINGLE, Checkpoint, Span, Tensor
 from .errors import DowncycleError
 from .header import DTYPE_BITS, build_header
-from .sources import LocalFolder, Source
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,18 @@ class Plan:
     @property
     def download_bytes(self) -> int:
         """Bytes that come from the Hub."""
-        return sum(span.length for span in self._spans() if not isinstance(span.source, LocalFolder))
+        return sum(span.length for span in self.spans() if not span.source.local_path(span.path))
 
     @property
     def read_bytes(self) -> int:
         """Bytes that are copied from the source, wherever it is."""
-        return sum(span.length for span in self._spans())
+        return sum(span.length for span in self.spans())
 
-    def _spans(self) -> Iterator[Span]:
+    def spans(self) -> Iterator[Span]:
+        """Yield every byte range that is copied."""
         for shard in self.shards:
             yield from (span for _, span in shard.copies())
         yield from (data for data in self.files.values() if isinstance(data, Span))
-
-    def sources(self) -> list[Source]:
-        """The sources that bytes are copied from."""
-        return list({id(span.source): span.source for span in self._spans()}.values())
 
     @cached_property
     def digest(self) -> str:

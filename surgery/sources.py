@@ -38,6 +38,9 @@ class Source(Protocol):
     def files(self) -> dict[str, int]:
         """Size in bytes of each file, by its path relative to the source, with forward slashes."""
 
+    def local_path(self, path: str) -> Path | None:
+        """Where a file lies on this machine; None where its bytes must be fetched."""
+
     def identity(self, path: str) -> str:
         """A string that changes when the content of the file changes."""
 
@@ -71,9 +74,13 @@ class LocalFolder:
                     found[file.relative_to(self.folder).as_posix()] = file.stat().st_size
         return found
 
+    def local_path(self, path: str) -> Path:
+        """Where a file lies; it may be a link."""
+        return self.folder / PurePosixPath(path)
+
     def identity(self, path: str) -> str:
         """Size and time of last change."""
-        status = self._path(path).stat()
+        status = self.local_path(path).stat()
         return f"{status.st_size}:{status.st_mtime_ns}"
 
     def read(self, path: str, start: int, length: int) -> bytes:
@@ -97,22 +104,14 @@ class LocalFolder:
                 progress(copied)
                 start, offset, length = start + copied, offset + copied, length - copied
 
-    def lies_in(self, folder: Path) -> bool:
-        """Whether any of these files, links followed, is inside `folder`: then it must not be written over."""
-        folder = folder.resolve()
-        return any(folder in path.resolve().parents for path in (self.folder / "x", *map(self._path, self.files)))
-
-    def _path(self, path: str) -> Path:
-        return self.folder / PurePosixPath(path)
-
     def _open(self, path: str) -> FileIO:
         try:
-            return open(self._path(path), "rb", buffering=0)
+            return open(self.local_path(path), "rb", buffering=0)
         except OSError as error:
-            raise DowncycleError(f"{self._path(path)}: {error.strerror}") from error
+            raise DowncycleError(f"{self.local_path(path)}: {error.strerror}") from error
 
     def _ended(self, path: str, end: int) -> DowncycleError:
-        return DowncycleError(f"{self._path(path)}: ends before byte {end}; the file is truncated, fetch it again")
+        return DowncycleError(f"{self.local_path(path)}: ends before byte {end}; the file is truncated, fetch it again")
 
 
 def _copy_some(source: int, start: int, length: int, into: int, offset: int) -> int:

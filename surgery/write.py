@@ -9,15 +9,17 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from .checkpoint import CONFIG, Checkpoint, Span, Tensor
 from .errors import DowncycleError
 from .plan import Plan, Shard, length, plan_write
-from .sources import LocalFolder, Progress
+from .sources import Progress
 
 PLAN = "plan.sha256"
 PIECE = 64 << 20  # bytes that a remote source is asked for at once, and that a cut-off download loses at most
@@ -63,9 +65,9 @@ def staging_path(out: Path) -> Path:
 
 
 def _check_target(out: Path, plan: Plan, overwrite: bool) -> None:
-    for source in plan.sources():
-        if isinstance(source, LocalFolder) and source.lies_in(out):
-            raise DowncycleError(f"--out {out}: holds the source {source.name}; choose another folder")
+    for path in {path for span in plan.spans() if (path := span.source.local_path(span.path))}:
+        if out in (path.absolute().parent, *path.resolve().parents):
+            raise DowncycleError(f"--out {out}: holds the source {path}; choose another folder")
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir() or out.is_symlink():
@@ -170,33 +172,42 @@ def _write_computed(file: int, tensor: Tensor, offset: int, progress: Progress) 
 
 def _copy_all(copies: list[tuple[int, Span]], file: int, journal: Path, done: set[str], progress: Progress) -> None:
     """Copy ranges into the file: one after the other from a disk, several at once and journalled from a remote source."""
-    local = [(offset, span) for offset, span in copies if span.source.connections == 1]
-    for offset, span in local:
-        span.source.copy(span.path, span.start, span.length, file, offset, progress)
-    pieces = [piece for offset, span in copies if span.source.connections > 1 for piece in _pieces(offset, span)]
-    if not pieces:
-        return
+    pieces: list[tuple[int, Span]] = []
+    for offset, span in copies:
+        if span.source.local_path(span.path):
+            span.source.copy(span.path, span.start, span.length, file, offset, progress)
+        else:
+            pieces += _pieces(offset, span)
+    if pieces:
+        with open(journal, "a", buffering=1) as log:
+            _fetch_all(pieces, file, log, done, progress)
+
+
+def _fetch_all(pieces: list[tuple[int, Span]], file: int, log: TextIO, done: set[str], progress: Progress) -> None:
+    """Fetch pieces over several connections; the first fault, or Ctrl-C, stops them all."""
+    stop = threading.Event()
+
+    def advance(count: int) -> None:
+        if stop.is_set():
+            raise InterruptedError("stopped because another piece failed")
+        progress(count)
 
     def fetch(offset: int, span: Span) -> None:
         if str(offset) in done:
-            progress(span.length)
-            return
-        span.source.copy(span.path, span.start, span.length, file, offset, progress)
-        os.fdatasync(file)
-        os.write(log, f"{offset}\n".encode())
+            return progress(span.length)
+        span.source.copy(span.path, span.start, span.length, file, offset, advance)
+        os.fdatasync(file)  # what the journal names must outlive a power cut
+        log.write(f"{offset}\n")
+        return None
 
-    log = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        with ThreadPoolExecutor(max(span.source.connections for _, span in pieces)) as pool:
-            futures = [pool.submit(fetch, offset, span) for offset, span in pieces]
-            try:
-                finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-            for future in finished:
+    with ThreadPoolExecutor(max(span.source.connections for _, span in pieces)) as pool:
+        futures = [pool.submit(fetch, offset, span) for offset, span in pieces]
+        try:
+            for future in as_completed(futures):
                 future.result()
-    finally:
-        os.close(log)
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def _pieces(offset: int, span: Span) -> Iterator[tuple[int, Span]]:

@@ -2,17 +2,15 @@
 
 import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import pipeline
 from transformers.utils.logging import disable_progress_bar
 
 
 def write_line(folder: str, text: str, new_tokens: int = 24) -> str:
     """Return the text and its most probable continuation, as one line."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    inputs = tokenizer(text, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, repetition_penalty=1.2, pad_token_id=0)
-    return " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split())
+    generate = pipeline("text-generation", folder)
+    (answer,) = generate(text, max_new_tokens=new_tokens, do_sample=False, repetition_penalty=1.2)
+    return " ".join(answer["generated_text"].split())
 
 
 if __name__ == "__main__":
