@@ -6,7 +6,7 @@ write(child, "Llama-3-6B")
 """
 
 from .surgery.checkpoint import Checkpoint, Tensor, open_checkpoint
-from .surgery.choose import choose, parse_layers
+from .surgery.choose import choose, ends, even, first, parse_layers, tail
 from .surgery.describe import describe
 from .surgery.errors import DowncycleError
 from .surgery.layers import keep_layers
@@ -21,11 +21,15 @@ __all__ = [
     "Tensor",
     "choose",
     "describe",
+    "ends",
+    "even",
+    "first",
     "keep_layers",
     "load_model",
     "open_checkpoint",
     "parse_layers",
     "plan_write",
+    "tail",
     "verify",
     "write",
 ]

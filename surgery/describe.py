@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from .checkpoint import Checkpoint, Span
-from .layers import by_layer
+from .stack import split_layers
 
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
 
@@ -29,7 +29,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "architectures": checkpoint.config.get("architectures"),
         "layers": checkpoint.num_layers,
         "layer_kinds": dict(kinds.most_common()),
-        "layer_elements": [sum(prod(tensor.shape) for tensor in layer.values()) for layer in by_layer(checkpoint)],
+        "layer_elements": [sum(prod(tensor.shape) for tensor in layer.values()) for layer in split_layers(checkpoint).layers],
         "elements": checkpoint.num_elements,
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.nbytes,

@@ -57,7 +57,10 @@ def rebuild(made: Checkpoint, src: str | Path | None = None, *, trust_remote_cod
         )
     except KeyError as error:
         raise DowncycleError(f"{made.name}/{LINEAGE}: lacks {error}; it was changed, or is another version's") from error
-    parent = open_checkpoint(src or parent_name, revision if src is None else None, trust_remote_code=trust_remote_code)
+    try:
+        parent = open_checkpoint(src or parent_name, None if src else revision, trust_remote_code=trust_remote_code)
+    except DowncycleError as error:
+        raise error if src else DowncycleError(f"{error}. If the parent of {made.name} lies elsewhere now, give it with --src") from error
     if parent.fingerprint != fingerprint:
         raise DowncycleError(f"{parent.name} is not the parent of {made.name}: config or tensors differ; give the parent with --src")
     return keep_layers(parent, layers, rule)
