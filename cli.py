@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +21,21 @@ from .surgery.layers import keep_layers
 from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
 from .surgery.verify import verify as verify_folder
-from .surgery.write import staging_path, write
+from .surgery.write import check_target, staging_path, target_path, write
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+class Commands(typer.core.TyperGroup):
+    """The commands; Ctrl-C is answered here, because typer would end without a word."""
+
+    def invoke(self, context: Any) -> Any:
+        """Run a command; where the user stops it, say so and end with 130."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt as error:
+            sys.exit(_fail(str(error) or "interrupted", 130))
+
+
+app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="Folder, Hub id, or 'demo', the built-in model.")]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub repo.")]
@@ -37,7 +50,7 @@ def cut(
     keep: Annotated[str | None, typer.Option(metavar="N", help="How many decoder layers to keep.")] = None,
     layers: Annotated[str | None, typer.Option(metavar="LIST", help="Which layers to keep, like 0-19,28-31; may repeat.")] = None,
     select: Annotated[str, typer.Option(metavar="RULE", help=f"How --keep chooses: {', '.join(RULES)}.")] = "first",
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Child folder [default: the parent's name, size replaced].")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Child folder [default: the parent's name, size replaced].")] = None,
     revision: Revision = None,
     recipe: Annotated[str, typer.Option(metavar="PRESET|none", help="Training recipe to write beside the child.")] = "none",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file.")] = "5GB",
@@ -64,10 +77,15 @@ def cut(
     if recipe != "none":
         raise DowncycleError(f"--recipe {recipe}: no such preset; there is none yet but 'none'")
     parent = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
-    kept = parse_layers(layers, parent.num_layers) if layers else choose(parent.num_layers, parse_count(keep or "", "--keep"), select)
-    child = keep_layers(parent, kept, rule="layers" if layers else select)
-    target = out or Path(child_name(parent, child))
+    if layers is None:
+        kept = choose(parent.num_layers, parse_count(keep or "", "--keep"), select)
+    else:
+        kept, select = parse_layers(layers, parent.num_layers), "layers"
+    child = keep_layers(parent, kept, select)
+    target = child_name(parent, child) if out is None else out
     plan = plan_write(child, size := parse_count(max_shard_size, "--max-shard-size"))
+    if not dry_run:
+        check_target(target_path(target), plan, overwrite)
     summary = _summary(parent, child, kept, plan, target)
     if not as_json:
         _print_cut(parent, kept, summary, dry_run)
@@ -77,7 +95,7 @@ def cut(
     if as_json:
         _print_json(summary | {"written": not dry_run})
     elif not dry_run:
-        typer.echo(f"{target}")
+        typer.echo(target)
 
 
 @app.command()
@@ -91,7 +109,7 @@ def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = Fals
     dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in facts["dtypes"].items())
     rows = {
         "model": " ".join(filter(None, [facts["name"], facts["revision"]])),
-        "family": f"{facts['model_type']} ({', '.join(facts['architectures'] or ['no architecture named'])})",
+        "family": f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})",
         "layers": f"{facts['layers']} (0-{facts['layers'] - 1})" + "".join(f", {n} {kind}" for kind, n in facts["layer_kinds"].items()),
         "each layer": " to ".join(f"{count:,}" for count in sorted({min(sizes), max(sizes)})) + " parameters",
         "parameters": f"{facts['elements']:,}" + (f" (packed by {facts['quantization']})" if facts["quantization"] else ""),
@@ -100,7 +118,7 @@ def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = Fals
         "files": ", ".join(facts["files"]) or "none beside config and weights",
     }
     for title, text in rows.items():
-        typer.echo(f"{title:<11} {text}")
+        typer.echo(f"{title:<11} {_printable(text)}")
 
 
 @app.command()
@@ -125,20 +143,27 @@ def verify(
 
 def main() -> None:
     """Run the command line; end with 0, 1 (one line on stderr), 2 (usage) or 130 (Ctrl-C)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files can be any bytes
     try:
         app()
     except DowncycleError as error:
         sys.exit(_fail(str(error), 1))
-    except KeyboardInterrupt as error:
-        sys.exit(_fail(str(error) or "interrupted", 130))
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        sys.exit(_fail(f"{error.filename or 'reading or writing failed'}: {error.strerror or error}", 1))
 
 
 def _fail(text: str, status: int) -> int:
-    print(f"downcycle: {' '.join(text.split())}", file=sys.stderr)
+    print(f"downcycle: {_printable(text)}", file=sys.stderr)
     return status
+
+
+def _printable(text: str) -> str:
+    """Put text on one line; spell out what could steer a terminal."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.splitlines()))
 
 
 def parse_count(text: str, option: str) -> int:
@@ -147,7 +172,7 @@ def parse_count(text: str, option: str) -> int:
     if not match or len(text) > 20:
         raise DowncycleError(f"{option} {text}: not a number; write it like 24, 5GB or 1B")
     power = {"k": 1, "m": 2, "g": 3, "b": 3, "t": 4}.get((match[2] or "").lower(), 0)
-    count = float(match[1]) * (1024 if match[3] else 1000) ** power
+    count = Decimal(match[1]) * (1024 if match[3] else 1000) ** power
     if count != int(count):
         raise DowncycleError(f"{option} {text}: not a whole number")
     return int(count)
@@ -168,11 +193,11 @@ def layer_map(depth: int, kept: list[int]) -> str:
     return "".join({0: light, 1: full}.get(times := kept.count(layer), str(min(times, 9))) for layer in range(depth))
 
 
-def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan, target: Path) -> dict[str, Any]:
+def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan, target: str) -> dict[str, Any]:
     return {
         "parent": parent.name,
         "revision": parent.revision,
-        "out": str(target),
+        "out": target,
         "layers": kept,
         "dropped": sorted(set(range(parent.num_layers)) - set(kept)),
         "parameters": {"parent": parent.num_elements, "child": child.num_elements},
@@ -213,12 +238,12 @@ def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int]
 
 
 @contextmanager
-def _say_staging(target: Path) -> Iterator[None]:
+def _say_staging(target: str) -> Iterator[None]:
     """Tell a user who interrupts a cut where the finished part is."""
     try:
         yield
     except KeyboardInterrupt:
-        staging = staging_path(target.absolute())
+        staging = staging_path(target_path(target))
         kept = f"; what is done stays in {staging}, and the same command goes on from there" if staging.exists() else ""
         raise KeyboardInterrupt(f"interrupted{kept}") from None
 

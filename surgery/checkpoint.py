@@ -6,6 +6,7 @@ Opening one reads headers only. Nothing here loads a weight, writes a file or ne
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from typing import Any
 
 from .errors import DowncycleError
 from .families import num_layers
-from .header import LENGTH_BYTES, header_length, parse_header, tensor_nbytes
+from .header import LENGTH_BYTES, MAX_HEADER_BYTES, header_length, parse_header, tensor_nbytes
 from .sources import CHUNK, LocalFolder, Source
 
 DEMO = "demo"
@@ -94,7 +95,10 @@ class Checkpoint:
     @property
     def num_layers(self) -> int:
         """How many decoder layers the config states."""
-        return num_layers(self.config)
+        depth = num_layers(self.config)
+        if not 1 <= depth <= len(self.tensors):
+            raise DowncycleError(f"{self.name}/{CONFIG}: states {depth} layers; there are {len(self.tensors)} tensors. Fetch it again")
+        return depth
 
     @cached_property
     def nbytes(self) -> int:
@@ -136,19 +140,19 @@ def open_checkpoint(src: str | Path, revision: str | None = None, *, trust_remot
 
 
 def find_source(src: str | Path, revision: str | None = None) -> Source:
-    """Say where `src` is: the built-in model, a folder on this machine, or a Hub repo."""
+    """Say where `src` is: the built-in model, a folder on this machine, or a Hub repo. A Path is always a folder."""
     text = str(src)
-    if text == DEMO:
+    if src == DEMO:
         return LocalFolder(DEMO_FOLDER, name=DEMO)
-    folder = Path(text).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(text))
+    if text and os.path.isdir(folder):
         if revision:
             raise DowncycleError(f"--revision {revision}: {text} is a folder, and only a Hub repo has revisions; leave it out")
         return LocalFolder(folder, name=text)
-    if folder.exists():
+    if os.path.isfile(folder):
         raise DowncycleError(f"{text}: a file; give the folder that holds config.json and the safetensors files")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith((".", "/", "~")):
-        raise DowncycleError(f"{text}: no such folder, and not a Hub id (USER/NAME); check the path")
+    if isinstance(src, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
+        raise DowncycleError(f"{text or repr(text)}: no such folder, and not a Hub id (USER/NAME); check the path")
     from .hub import open_hub
 
     return open_hub(text, revision)
@@ -159,13 +163,22 @@ def load_json(source: Source, path: str) -> dict[str, Any]:
     where = f"{source.name}/{path}"
     if path not in source.files:
         raise DowncycleError(f"{where}: not there; a checkpoint folder holds {CONFIG} and safetensors files")
+    if source.files[path] > MAX_HEADER_BYTES:
+        raise DowncycleError(f"{where}: {source.files[path]} bytes long, too long for what it should be; fetch it again")
     try:
         value = json.loads(source.read(path, 0, source.files[path]))
+        if _nesting(value) > 100:
+            raise ValueError("nested too deeply")
     except (ValueError, RecursionError) as error:
         raise DowncycleError(f"{where}: not valid JSON ({str(error)[:80]}); fetch it again") from error
     if not isinstance(value, dict):
         raise DowncycleError(f"{where}: holds no JSON object; fetch it again")
     return value
+
+
+def _nesting(value: Any) -> int:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_nesting, items), default=0)
 
 
 def _config(source: Source, trust_remote_code: bool) -> dict[str, Any]:
@@ -190,13 +203,13 @@ def _tensors(source: Source) -> tuple[dict[str, Tensor], dict[str, str]]:
     for path, (entries, _) in headers.items():
         for name, entry in entries.items():
             if name in tensors:
-                raise DowncycleError(f"{source.name}: tensor {name} stands in two shards, one of them {path}; fetch it again")
+                raise DowncycleError(f"{source.name}: tensor {name[:80]!r} stands in two shards, one of them {path}; fetch it again")
             tensors[name] = Tensor(entry.dtype, entry.shape, Span(source, path, entry.start, entry.end - entry.start))
     for name, path in weight_map.items():
         if name and name not in headers[path][0]:
-            raise DowncycleError(f"{source.name}/{INDEX}: puts {name} into {path}, which does not hold it; fetch both again")
-    if not tensors:
-        raise DowncycleError(f"{source.name}: its safetensors files hold no tensor")
+            raise DowncycleError(f"{source.name}/{INDEX}: puts {name[:80]!r} into {path}, which does not hold it; fetch both again")
+    if not any(tensor.nbytes for tensor in tensors.values()):
+        raise DowncycleError(f"{source.name}: its safetensors files hold no weights; fetch it again")
     return tensors, next(iter(headers.values()))[1]
 
 
@@ -214,9 +227,9 @@ def _weight_map(source: Source) -> dict[str, str]:
             return {"": SINGLE if SINGLE in single else single[0]}
         raise _no_weights(source, single)
     weight_map = load_json(source, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DowncycleError(f"{source.name}/{INDEX}: has no weight_map; fetch it again")
-    for path in set(map(str, weight_map.values())):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(path, str) for path in weight_map.values()):
+        raise DowncycleError(f"{source.name}/{INDEX}: has no weight_map from tensors to files; fetch it again")
+    for path in set(weight_map.values()):
         parts = PurePosixPath(path)
         if parts.is_absolute() or ".." in parts.parts or "\\" in path:
             raise DowncycleError(f"{source.name}/{INDEX}: names the file {path!r}, which lies outside the checkpoint; do not trust it")

@@ -5,6 +5,7 @@ Works on names, shapes and byte ranges; reads weights only when what it returns 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -34,6 +35,8 @@ OWN = (
 UNUSED = ("mlp.gate.router_states_scale",)  # where a first layer has them all the same
 PER_LAYER_COLUMNS = ("embed_tokens_per_layer.weight",)  # [vocabulary, layers * size], Gemma 3n and 4
 PER_LAYER_ROWS = ("per_layer_model_projection.weight",)  # [layers * size, hidden]
+# Tensors numbered by layer, but not under it, and the layer that number 0 stands for (Inkling 2).
+LISTS_APART = {r"(.*attn_res\.attn_queries\.)([0-9]+)": 1, r"(.*attn_res\.mlp_queries\.)([0-9]+)": 0}
 SHARED = ("shared_transf.", "shared_transformer.")  # Zamba: one block used by many layers, stored under the first of them
 ADAPTER_LIST = "_adapter_list."
 
@@ -54,6 +57,8 @@ def follow_depth(parent: Stack, child: Stack, kept: list[int], config: dict[str,
             rest[name] = take_blocks(tensor, kept, depth, axis=1, name=name)
         elif name.endswith(PER_LAYER_ROWS):
             rest[name] = take_blocks(tensor, kept, depth, axis=0, name=name)
+    for pattern, first in LISTS_APART.items():
+        rest = _renumber_list(rest, re.compile(pattern), first, kept)
     return replace(child, rest=rest)
 
 
@@ -79,6 +84,16 @@ def take_blocks(tensor: Tensor, kept: list[int], count: int, axis: int, name: st
     size = tensor.shape[axis] // count * len(kept)
     shape = (size, tensor.shape[1]) if axis == 0 else (tensor.shape[0], size)
     return Tensor(tensor.dtype, shape, by_block if axis == 0 else by_row)
+
+
+def _renumber_list(rest: dict[str, Tensor], pattern: re.Pattern[str], first: int, kept: list[int]) -> dict[str, Tensor]:
+    renumbered: dict[str, Tensor] = {}
+    for name, tensor in rest.items():
+        match = pattern.fullmatch(name)
+        layer = int(match[2]) + first if match else -1
+        names = [f"{match[1]}{new - first}" for new, old in enumerate(kept) if old == layer and new >= first] if match else [name]
+        renumbered |= dict.fromkeys(names, tensor)
+    return renumbered
 
 
 def _settle_own(own: Own, parent: Stack, child: Stack) -> None:

@@ -20,13 +20,13 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         dtypes[tensor.dtype] += prod(tensor.shape)
-    config = checkpoint.config.get("text_config") or checkpoint.config
-    kinds = Counter(kind for field in KINDS for kind in config.get(field) or ())
+    config = _section(checkpoint.config, "text_config") or checkpoint.config
+    kinds = Counter(str(kind) for field in KINDS for kind in _entries(config, field))
     return {
         "name": checkpoint.name,
         "revision": checkpoint.revision,
         "model_type": checkpoint.config.get("model_type"),
-        "architectures": checkpoint.config.get("architectures"),
+        "architectures": [str(name) for name in _entries(checkpoint.config, "architectures")],
         "layers": checkpoint.num_layers,
         "layer_kinds": dict(kinds.most_common()),
         "layer_elements": [sum(prod(tensor.shape) for tensor in layer.values()) for layer in split_layers(checkpoint).layers],
@@ -34,6 +34,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.nbytes,
         "dtypes": dict(dtypes.most_common()),
-        "quantization": (checkpoint.config.get("quantization_config") or {}).get("quant_method"),
+        "quantization": _section(checkpoint.config, "quantization_config").get("quant_method"),
         "files": {path: data.length if isinstance(data, Span) else len(data) for path, data in checkpoint.files.items()},
     }
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return config[name] if isinstance(config.get(name), dict) else {}
+
+
+def _entries(config: dict[str, Any], name: str) -> list[Any]:
+    return config[name] if isinstance(config.get(name), list) else []

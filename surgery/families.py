@@ -1,40 +1,55 @@
-"""Which config fields follow depth, family by family, and what each must say after a cut.
+"""What the config of any model family must say after a cut.
 
-Works on config dictionaries alone: knows no tensors and reads no files. FAMILIES.md is the proof, family by family.
+Works on config dictionaries, and asks the family's config class in transformers what a config leaves out: knows no tensors. FAMILIES.md
+is the proof, family by family.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Callable, Iterator
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, NamedTuple
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+from .depth_fields import FIELD_RULES, Config, Cut, cut_fields, index_list, refuse
 from .errors import DowncycleError
 
-Config = dict[str, Any]
-
-DEPTH_FIELDS = ("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "decoder")
-
-
-class Cut(NamedTuple):
-    """What is done to the depth of one config section."""
-
-    layers: int
-    kept: list[int]
-
-    def where(self, pattern: list[Any]) -> list[Any]:
-        """Return the kept part of a list that has one entry per layer of the parent."""
-        return [pattern[layer] for layer in self.kept]
+DEPTH_FIELDS = ("decoder_layers", "num_decoder_layers", "num_layers_per_stack", "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+OWN_DEPTH_FIELD = {"longcat_flash": "num_layers"}  # its num_hidden_layers counts sublayers
+MULTIPLES = {"hrm_text": "num_hidden_layers", "longcat_flash": "num_hidden_layers", "xlstm": "num_blocks"}  # of the depth
+TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "decoder", "global_config")
+# Families whose layers compute with their own number: what no config field enters, and so no config can say.
+NUMBER_FORMULAS = {"beam": "the scale of its residuals", "diffllama": "lambda_init"}
+WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")  # kinds of layers of hybrid families
+OWN_CACHE = ("minimax",)
+# Families whose config has no field that follows depth: nothing need be asked of transformers, which takes seconds to import.
+UNIFORM = frozenset(
+    (
+        "apertus arcee aria_text biogpt bitnet bloom codegen cohere ctrl dbrx doge ernie4_5 falcon flex_olmo gemma glm glm4 gpt_bigcode gpt_neox "
+        "gpt2 gptj granite granitemoe granitemoeshared helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 jetmoe llama minimax_m2 "
+        "ministral3 mistral mixtral mpt nanochat nemotron olmo olmo2 olmoe opt persimmon phi phi3 phimoe rwkv seed_oss solar_open stablelm "
+        "starcoder2 xglm youtu"
+    ).split()
+)
+Where = tuple[str, ...]
 
 
 def num_layers(config: Config) -> int:
-    """Return the number of decoder layers that a config states."""
-    section = next(_sections(config), None)
-    if section is None:
+    """Return the number of decoder layers that a config states, or leaves to its class."""
+    stated = [section[field] for _, section in _sections(config) if (field := _depth_field(section))]
+    if not stated:
+        known = read_config(config)
+        stated = [depth for path, _ in _sections(config) if (depth := _depth_by_class(_at(known, path)))]
+    if not stated:
         raise DowncycleError(f"config.json of {config.get('model_type', 'an unnamed model type')} states no depth ({', '.join(DEPTH_FIELDS)})")
-    return section[_depth_field(section)]
+    return stated[0]
 
 
 def cut_config(config: Config, kept: list[int]) -> Config:
@@ -44,76 +59,143 @@ def cut_config(config: Config, kept: list[int]) -> Config:
         DowncycleError: no config of this family can say what is left; names the field that stands in the way.
     """
     child = deepcopy(config)
-    depth = num_layers(config)
-    for section in _sections(child):
-        if section[_depth_field(section)] != depth:
-            continue
-        cut = Cut(depth, kept)
-        for name, rule in FIELD_RULES.items():
-            if section.get(name) is not None:
-                rule(section, name, cut)
-        section[_depth_field(section)] = len(kept)
+    cut = Cut(num_layers(config), kept)
+    known = None if config.get("model_type") in UNIFORM else read_config(config)
+    for path, section in _sections(child):
+        stated = section.get(_depth_field(section)) or _depth_by_class(_at(known, path))
+        if stated == cut.layers:
+            _cut_section(section, _at(known, path), cut, config.get("model_type", ""))
+    if known is not None:
+        _check_kinds(known, child, cut)
     return child
 
 
-def _sections(config: Config) -> Iterator[Config]:
-    """Yield the parts of a config that describe the text decoder: the outermost first."""
-    if _depth_field(config):
-        yield config
+def read_config(config: Config) -> Any:
+    """Return a config as its family's class in transformers reads it; None where there is no such class, or it refuses."""
+    try:
+        return _read(json.dumps(config))
+    except Exception:  # noqa: BLE001 - each class has its own way to refuse
+        return None
+
+
+def _sections(config: Config, path: Where = ()) -> Iterator[tuple[Where, Config]]:
+    """Yield the parts of a config that may describe the text decoder, the outermost first, with where they stand."""
+    yield path, config
     for name in TEXT_SECTIONS:
         if isinstance(config.get(name), dict):
-            yield from _sections(config[name])
+            yield from _sections(config[name], (*path, name))
 
 
 def _depth_field(section: Config) -> str:
-    return next((name for name in DEPTH_FIELDS if type(section.get(name)) is int), "")
+    names = (OWN_DEPTH_FIELD.get(str(section.get("model_type")), ""), *DEPTH_FIELDS)
+    return next((name for name in names if type(section.get(name)) is int), "")
 
 
-# What a field says, and so what becomes of it. Each rule changes the section in place.
+def _depth_by_class(known: Any) -> int:
+    return next((value for name in DEPTH_FIELDS if type(value := getattr(known, name, None)) is int), 0)
 
 
-def sliced(section: Config, name: str, cut: Cut) -> None:
-    """One entry per layer."""
-    value = section[name]
-    if not isinstance(value, list) or len(value) < cut.layers:
-        raise _stands_in_the_way(section, name, f"has not one entry for each of the {cut.layers} layers")
-    section[name] = cut.where(value)
+def _cut_section(section: Config, known: Any, cut: Cut, model_type: str) -> None:
+    """Change one section in place; what it leaves to its class is taken from there and spelled out."""
+    spelled_out = known.to_dict() if known is not None else {}
+    left_out = {name: spelled_out[name] for name in FIELD_RULES if section.get(name) is None and spelled_out.get(name) is not None}
+    left_out.pop("per_layer_config", None)  # the class derives it from the others
+    parent = {"model_type": model_type, **left_out, **{name: value for name, value in section.items() if value is not None}}
+    if not cut.is_prefix and (formula := NUMBER_FORMULAS.get(model_type)):
+        refuse(parent, formula, "is computed from a layer's number, so each must keep its own; keep the first layers only")
+    section |= cut_fields(parent, cut)
+    multiple = MULTIPLES.get(model_type)
+    if multiple and multiple in section:
+        section[multiple] = section[multiple] * len(cut.kept) // cut.layers
+    field = _depth_field(parent) or next((name for name in DEPTH_FIELDS if name in spelled_out), "")
+    if field and field != multiple:
+        section[field] = len(cut.kept)
 
 
-def index_list(section: Config, name: str, cut: Cut) -> None:
-    """The numbers of the layers that are of some kind."""
-    section[name] = [new for new, old in enumerate(cut.kept) if old in section[name]]
+# What the family's config class makes of a config.
 
 
-def prefix_count(section: Config, name: str, cut: Cut) -> None:
-    """How many layers from the first on are of some kind."""
-    pattern = [old < section[name] for old in cut.kept]
-    count = sum(pattern)
-    if any(pattern[count:]):
-        raise _stands_in_the_way(section, name, "counts the first layers, which are no longer the first")
-    section[name] = count
+@lru_cache(maxsize=4)
+def _read(text: str) -> Any:
+    with _quiet_transformers() as config_classes:
+        model_type = json.loads(text).get("model_type")
+        if model_type not in config_classes:
+            return None
+        with tempfile.TemporaryDirectory(prefix="downcycle-") as folder:
+            (Path(folder) / "config.json").write_text(text)
+            return config_classes[model_type].from_pretrained(folder)
 
 
-def suffix_count(section: Config, name: str, cut: Cut) -> None:
-    """How many layers up to the last are of some kind."""
-    pattern = [old >= cut.layers - section[name] for old in cut.kept]
-    count = sum(pattern)
-    if any(pattern[: len(pattern) - count]):
-        raise _stands_in_the_way(section, name, "counts the last layers, which are no longer the last")
-    section[name] = count
+@contextmanager
+def _quiet_transformers() -> Iterator[Any]:
+    """Give the config classes by model type; importing them says that torch is missing, reading with them says all manner of things."""
+    advice = os.environ.get("TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    try:
+        from transformers import CONFIG_MAPPING, logging
+
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                yield CONFIG_MAPPING
+        finally:
+            logging.set_verbosity(before)
+    finally:
+        del os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"]
+        if advice is not None:
+            os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = advice
 
 
-Rule = Callable[[Config, str, Cut], None]
-FIELD_RULES: dict[str, Rule] = {
-    **dict.fromkeys(("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type", "layer_rope_theta", "indexer_types"), sliced),
-    **dict.fromkeys(("mlp_only_layers", "moe_layers", "cross_attention_layers", "full_attn_idxs"), index_list),
-    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers"), prefix_count),
-    "num_kv_shared_layers": suffix_count,
-}
+def _at(known: Any, path: Where) -> Any:
+    for name in path:
+        known = getattr(known, name, None)
+    return known
 
 
-def _stands_in_the_way(section: Config, name: str, why: str) -> DowncycleError:
-    return DowncycleError(f"{section.get('model_type', 'this model')} cannot be cut like this: {name} = {str(section[name])[:60]} {why}")
+def _check_kinds(known: Any, child: Config, cut: Cut) -> None:
+    """See that the class gives every kept layer the kind that it had, whichever fields say so."""
+    for path, _ in _sections(child):
+        _check_attention(_kinds(_at(known, path), cut.layers), child, cut)
+    try:
+        made = _read(json.dumps(child))
+    except Exception as error:  # noqa: BLE001
+        said = " ".join(str(error).split())[-200:]
+        fields = ", ".join(sorted(name for _, section in _sections(child) for name in FIELD_RULES if name in section))
+        raise DowncycleError(f"{child['model_type']} cannot be cut like this: transformers refuses what is left of {fields}: {said}") from error
+    for path, _ in _sections(child):
+        before, after = _kinds(_at(known, path), cut.layers), _kinds(_at(made, path), len(cut.kept))
+        for name in before.keys() & after.keys():
+            for new, (was, now) in enumerate(zip(cut.where(before[name]), after[name], strict=True)):
+                if was != now:
+                    where = f"layer {cut.kept[new]} is {was!r}, and as number {new} of {len(cut.kept)} transformers would make it {now!r}"
+                    refuse({"model_type": child["model_type"]}, name, f"stands in the way: {where}")
+
+
+def _check_attention(kinds: dict[str, list[Any]], child: Config, cut: Cut) -> None:
+    """Transformers counts the tokens in a hybrid's cache by an attention layer: without one, cached generation is wrong."""
+    name = next((name for name in ("layer_types", "layers_block_type") if name in kinds), "")
+    if name and child["model_type"] not in OWN_CACHE:
+        attention = [kind not in WITHOUT_ATTENTION for kind in kinds[name]]
+        if any(attention) and not any(cut.where(attention)):
+            refuse({"model_type": child["model_type"]}, name, "is left without an attention layer, by which transformers counts its cache; keep one")
+
+
+def _kinds(known: Any, depth: int) -> dict[str, list[Any]]:
+    """Return all that a config class says layer by layer, as fields or as properties."""
+    if _depth_by_class(known) != depth:
+        return {}
+    properties = [name for name in dir(type(known)) if isinstance(getattr(type(known), name), property)]
+    kinds = {}
+    for name in {*vars(known), *properties}:
+        if "layer" in name and "mtp" not in name and FIELD_RULES.get(name) is not index_list:
+            value = getattr(known, name, None)
+            if isinstance(value, list | tuple) and len(value) == depth:
+                kinds[name] = list(value)
+    return kinds
+
+
+# A quantiser's config names modules, and so layers.
 
 
 def renumber_modules(value: Any, stem: str, moved: dict[int, list[int]]) -> Any:

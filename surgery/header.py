@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from .errors import DowncycleError
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMENSIONS = 64  # NumPy's and PyTorch's limit; a hostile shape of millions would take hours to multiply
 DTYPE_BITS = {
     **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -64,7 +66,7 @@ def parse_header(text: bytes, file_size: int, where: str) -> tuple[dict[str, Ent
         return DowncycleError(f"{where}: {what}; the file is damaged, fetch it again")
 
     try:
-        fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        fields = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise fault(f"unreadable safetensors header ({str(error)[:80]})") from error
     if not isinstance(fields, dict):
@@ -106,12 +108,12 @@ def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
 
 def _entry(name: str, field: Any, data_start: int) -> Entry:
     """Check one tensor's field; raise ValueError with what is wrong."""
-    if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(field, dict) or not {"dtype", "shape", "data_offsets"} <= set(field):
         raise ValueError(f"tensor {_short(name)} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"tensor {_short(name)} has the unknown dtype {_short(dtype)}")
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+    if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {_short(name)} has a shape or offsets that are no lists of whole numbers")
     start, end = offsets
     if end - start != tensor_nbytes(dtype, shape):
@@ -126,8 +128,8 @@ def _counts(value: Any) -> bool:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{_short(next(name for name in names if names.count(name) > 1))} stands in it twice")
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{_short(twice)} stands in it twice")
     return fields
 
 

@@ -16,7 +16,10 @@ def child_name(parent: Checkpoint, child: Checkpoint) -> str:
 
     A name that begins with "Meta-Llama" begins with "Llama" in the child, as the Llama licence asks of derived models.
     """
-    name = re.sub(r"^Meta-(?=Llama)", "", Path(parent.name).expanduser().absolute().name)
+    name = Path(parent.name).name
+    if name in ("", ".."):
+        name = Path(parent.name).resolve().name
+    name = re.sub(r"^Meta-(?=Llama)", "", name)
     match = SIZE.search(name)
     if not match:
         return f"{name}-{child.num_layers}L"

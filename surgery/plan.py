@@ -139,4 +139,4 @@ def length(data: Span | bytes) -> int:
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(value, indent=2).encode() + b"\n"

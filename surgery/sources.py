@@ -66,13 +66,9 @@ class LocalFolder:
 
     @cached_property
     def files(self) -> dict[str, int]:
-        """Sizes of the files of the folder and its visible subfolders."""
-        found = {}
-        for path in sorted(self.folder.iterdir()):
-            for file in sorted(path.rglob("*")) if path.is_dir() and not path.name.startswith(".") else [path]:
-                if file.is_file():
-                    found[file.relative_to(self.folder).as_posix()] = file.stat().st_size
-        return found
+        """Sizes of the files of the folder and its visible subfolders; no deeper, and unreadable ones are passed over."""
+        paths = sorted([*self.folder.glob("*"), *self.folder.glob("[!.]*/*")])
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths if path.is_file()}
 
     def local_path(self, path: str) -> Path:
         """Where a file lies; it may be a link."""
@@ -117,7 +113,8 @@ class LocalFolder:
 def _copy_some(source: int, start: int, length: int, into: int, offset: int) -> int:
     """Copy up to 128 MiB inside the kernel, or 8 MiB through a buffer where the file systems cannot; return the count."""
     try:
-        return os.copy_file_range(source, into, min(length, 128 << 20), start, offset)
+        if copied := os.copy_file_range(source, into, min(length, 128 << 20), start, offset):
+            return copied  # some network file systems answer 0 where there is more
     except AttributeError:
         pass
     except OSError as error:

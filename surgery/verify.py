@@ -5,9 +5,11 @@ Reads both sides in pieces; decodes no weight.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import LINEAGE, Checkpoint, Span, Tensor, open_checkpoint
 from .errors import DowncycleError
@@ -57,10 +59,15 @@ def rebuild(made: Checkpoint, src: str | Path | None = None, *, trust_remote_cod
         )
     except KeyError as error:
         raise DowncycleError(f"{made.name}/{LINEAGE}: lacks {error}; it was changed, or is another version's") from error
-    try:
-        parent = open_checkpoint(src or parent_name, None if src else revision, trust_remote_code=trust_remote_code)
-    except DowncycleError as error:
-        raise error if src else DowncycleError(f"{error}. If the parent of {made.name} lies elsewhere now, give it with --src") from error
+    if not isinstance(parent_name, str) or not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise DowncycleError(f"{made.name}/{LINEAGE}: names no parent or no list of layers; it was changed")
+    if src is not None:
+        parent = open_checkpoint(src, trust_remote_code=trust_remote_code)
+    else:
+        try:
+            parent = open_checkpoint(parent_name, revision, trust_remote_code=trust_remote_code)
+        except DowncycleError as error:
+            raise DowncycleError(f"{error}. If the parent of {made.name} lies elsewhere now, give it with --src") from error
     if parent.fingerprint != fingerprint:
         raise DowncycleError(f"{parent.name} is not the parent of {made.name}: config or tensors differ; give the parent with --src")
     return keep_layers(parent, layers, rule)
@@ -69,13 +76,16 @@ def rebuild(made: Checkpoint, src: str | Path | None = None, *, trust_remote_cod
 def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = lambda count: None) -> Iterator[str]:
     """Yield each way in which two checkpoints differ, in words; nothing where they are equal."""
     for key in sorted({*expected.config, *found.config}):
-        if expected.config.get(key) != found.config.get(key):
-            yield f"config.json: {key} is {str(found.config.get(key))[:60]} instead of {str(expected.config.get(key))[:60]}"
+        wanted, there = _spell(expected.config, key), _spell(found.config, key)
+        if wanted != there:
+            yield f"config.json: {key} is {there[:60]} instead of {wanted[:60]}"
     for path, data in expected.files.items():
         if path not in found.files:
             yield f"{path} is missing"
         elif _read(data) != _read(found.files[path]):
             yield f"{path} differs"
+    for path in (path for path in found.files if path not in expected.files):
+        yield f"{path} does not belong"
     for name in (name for name in found.tensors if name not in expected.tensors):
         yield f"tensor {name} does not belong"
     for name, tensor in expected.tensors.items():
@@ -83,6 +93,11 @@ def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = la
             yield f"tensor {name} is missing"
         elif fault := _differ(tensor, found.tensors[name], progress):
             yield f"tensor {name} {fault}"
+
+
+def _spell(config: dict[str, Any], key: str) -> str:
+    """Spell a value as JSON: there true is not 1, and NaN is NaN."""
+    return json.dumps(config[key], sort_keys=True) if key in config else "absent"
 
 
 def _differ(expected: Tensor, found: Tensor, progress: Progress) -> str:

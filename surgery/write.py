@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -43,11 +43,11 @@ def write(
     Raises:
         DowncycleError: the target exists or is the source, the disk is full or read-only, or another run writes the same target.
     """
-    out = Path(os.path.abspath(Path(out).expanduser()))
+    out = target_path(out)
     plan = plan_write(checkpoint, max_shard_size)
-    _check_target(out, plan, overwrite)
+    check_target(out, plan, overwrite)
     with _staging_folder(out, plan) as staging:
-        _check_space(staging, plan)
+        _check_name(out, overwrite)  # again, now that nobody else can take it
         for shard in plan.shards:
             _write_shard(shard, staging, progress)
         for path, data in plan.files.items():
@@ -64,10 +64,43 @@ def staging_path(out: Path) -> Path:
     return out.with_name(f".{out.name}.downcycle")
 
 
-def _check_target(out: Path, plan: Plan, overwrite: bool) -> None:
-    for path in {path for span in plan.spans() if (path := span.source.local_path(span.path))}:
-        if out in (path.absolute().parent, *path.resolve().parents):
-            raise DowncycleError(f"--out {out}: holds the source {path}; choose another folder")
+def target_path(out: str | Path) -> Path:
+    """Return a target's absolute path."""
+    if not str(out):
+        raise DowncycleError("--out '': give a folder's name")
+    try:
+        return Path(os.path.abspath(os.path.expanduser(out)))
+    except FileNotFoundError as error:
+        raise DowncycleError(f"--out {out}: the current folder was deleted; change into one that exists") from error
+
+
+def check_target(out: Path, plan: Plan, overwrite: bool) -> None:
+    """Refuse a target that must not be written or has no room, before the first byte.
+
+    Raises:
+        DowncycleError: the target is the source, holds it or lies in it, exists, cannot be written, or the disk is too small.
+    """
+    try:
+        _check_name(out, overwrite)
+        for path in {path for span in plan.spans() if (path := span.source.local_path(span.path))}:
+            _check_apart(Path(os.path.realpath(out)), path)
+        home = next(folder for folder in out.parents if folder.exists())
+        if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+            raise DowncycleError(f"--out {out}: nothing can be written into {home}; choose another folder")
+        _check_space(home, staging_path(out), plan)
+    except OSError as error:
+        raise DowncycleError(f"--out {out}: {error.strerror}; choose another folder") from error
+
+
+def _check_apart(out: Path, source: Path) -> None:
+    folder, file = Path(os.path.realpath(source.parent)), Path(os.path.realpath(source))
+    if out in (folder, *folder.parents, *file.parents):
+        raise DowncycleError(f"--out {out}: holds the source {source}; choose another folder")
+    if folder in out.parents:
+        raise DowncycleError(f"--out {out}: lies in the source {source.parent}; choose a folder beside it")
+
+
+def _check_name(out: Path, overwrite: bool) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir() or out.is_symlink():
@@ -84,7 +117,7 @@ def _staging_folder(out: Path, plan: Plan) -> Iterator[Path]:
     """Give a locked staging folder that holds this plan's finished shards or nothing; say where it is when the work fails."""
     staging = staging_path(out)
     try:
-        staging.parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(staging, out)
     except OSError as error:
         raise DowncycleError(f"--out {out}: {error.strerror}; choose a folder that can be written") from error
@@ -96,7 +129,7 @@ def _staging_folder(out: Path, plan: Plan) -> Iterator[Path]:
         raise DowncycleError(f"{out.name} is not complete: {what}. {_resume(staging)}") from error
     except DowncycleError as error:
         if not any(staging.glob("*.safetensors*")):
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staging)
             raise
         raise DowncycleError(f"{error} {_resume(staging)}") from error
     finally:
@@ -110,34 +143,39 @@ def _resume(staging: Path) -> str:
 def _lock(staging: Path, out: Path) -> int:
     """Create the staging folder and lock it; the lock goes with the process, however it ends."""
     while True:
-        staging.mkdir(exist_ok=True)
-        folder = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(FileExistsError):
+            staging.mkdir()
+        try:
+            folder = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # the other run has just completed and renamed it
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(folder)
             raise DowncycleError(f"--out {out}: another run is writing it; wait for it or choose another folder") from None
-        if staging.exists() and os.path.samestat(os.fstat(folder), staging.stat()):
-            return folder
-        os.close(folder)  # the other run has just completed and renamed it
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(folder), staging.stat()):
+                return folder
+        os.close(folder)
 
 
 def _claim(staging: Path, plan: Plan) -> None:
     """Empty the staging folder unless it was begun for the same plan."""
     mark = staging / PLAN
-    if mark.is_file() and mark.read_text() == plan.digest:
+    if mark.is_file() and mark.read_bytes() == plan.digest.encode():
         return
     for path in staging.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     mark.write_text(plan.digest)
 
 
-def _check_space(staging: Path, plan: Plan) -> None:
-    there = sum(path.stat().st_blocks * 512 for path in staging.iterdir())
-    free = shutil.disk_usage(staging).free
+def _check_space(home: Path, staging: Path, plan: Plan) -> None:
+    there = sum(path.lstat().st_blocks * 512 for path in staging.glob("*"))
+    free = shutil.disk_usage(home).free
     if plan.write_bytes - there > free:
         raise DowncycleError(
-            f"{staging.parent}: {(plan.write_bytes - there) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            f"{home}: {(plan.write_bytes - there) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
             "free some space or choose --out on another disk"
         )
 

@@ -121,10 +121,12 @@ def standard_library() -> Source:
 
 
 def distributions() -> Iterator[Source]:
-    """Every installed distribution, by name, tests and vendored copies left out."""
+    """Every installed distribution but this one, by name, tests and vendored copies left out."""
     skipped = {"test", "tests", "testing", "_vendor", "vendor", "vendored", "third_party"}
     found = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d for d in importlib.metadata.distributions()}
     for name, dist in sorted(found.items()):
+        if name == "downcycle":
+            continue
         paths = sorted(dist.files or [], key=str)
         modules = [p for p in paths if p.suffix == ".py" and not skipped & set(p.parts) and ".." not in p.parts]
         notices = [
@@ -576,7 +578,6 @@ def windows_of(stream: Tensor, context: int) -> Tensor:
 
 def export(work: Path, out: Path) -> None:
     """Write the checkpoint as a bf16 transformers model with its tokenizer, and the record of the training."""
-    import torch
     from transformers import GenerationConfig
 
     model = new_model()
