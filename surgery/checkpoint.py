@@ -185,6 +185,8 @@ def _config(source: Source, trust_remote_code: bool) -> dict[str, Any]:
     if CONFIG not in source.files and "adapter_config.json" in source.files:
         raise DowncycleError(f"{source.name}: an adapter, not a model; merge it into its base model first")
     config = load_json(source, CONFIG)
+    if not isinstance(config.get("model_type"), str | None):
+        raise DowncycleError(f"{source.name}/{CONFIG}: model_type is no name; fetch it again")
     if config.get("auto_map") and not trust_remote_code:
         raise DowncycleError(
             f"{source.name}: its config names Python code of its own (auto_map); if you trust it, give --trust-remote-code: "

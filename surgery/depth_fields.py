@@ -132,7 +132,7 @@ def counted_types(parent: Config, name: str, cut: Cut) -> list[Any]:
 
 
 def period(parent: Config, name: str, cut: Cut) -> int:
-    """Every how manieth layer is of some kind (Jamba); with its offset, wherever the kept layers still are regular."""
+    """Jamba: every n-th layer from an offset on is of some kind; sayable wherever the kept layers recur regularly."""
     if parent.get("layers_block_type"):
         return parent[name]  # Zamba's list says it
     stem = name.rpartition("_")[0]
@@ -145,7 +145,7 @@ def period(parent: Config, name: str, cut: Cut) -> int:
 
 
 def expert_range(parent: Config, name: str, cut: Cut) -> int:
-    """Ernie 4.5: experts from a start to an end, in every so manieth layer."""
+    """Ernie 4.5: experts in every n-th layer from a start to an end."""
     start, end, step = (parent[f"moe_layer_{part}"] for part in ("start_index", "end_index", "interval"))
     last = cut.layers - 1 if end == -1 else end
     sparse = [new for new, old in enumerate(cut.kept) if (old + 1) % step == 0 and start <= old <= last]
@@ -158,14 +158,14 @@ def expert_range(parent: Config, name: str, cut: Cut) -> int:
 
 
 def residual_blocks(parent: Config, name: str, cut: Cut) -> int:
-    """Inkling 2: every how manieth layer, from the first on, opens a block."""
+    """Inkling 2: every n-th layer, from the first on, opens a block."""
     opens = [old % parent[name] == 0 for old in cut.kept]
     if cut.kept[0] != 0 or 0 in cut.kept[1:]:
         refuse(parent, name, "opens the first block with layer 0, the only one that attends to no earlier block; keep it first")
     for every in (parent[name], *range(1, len(opens) + 1)):
         if opens == [at % every == 0 for at in range(len(opens))]:
             return every
-    return refuse(parent, name, "makes every so manieth layer open a block, and the kept ones do not")
+    return refuse(parent, name, "makes every n-th layer open a block, and the kept ones do not recur so")
 
 
 def ordinal_list_from_one(parent: Config, name: str, cut: Cut) -> list[int]:

@@ -32,6 +32,8 @@ OWN = (
     Own("mlp.gate.router_states_scale", 0, False, "the first layer has no router states to scale"),  # Zaya
     Own("attention.dense_bias", -1, True, "the last layer's attention has a bias"),  # GPT-NeoX Japanese
 )
+# Tensors that transformers computes from a layer's number and the depth unless the files hold them, and what stands beside them (MiniMax).
+COMPUTED = {"self_attn.slope_rate": ("self_attn.output_gate.weight", "self_attn.qkv_proj.weight")}
 UNUSED = ("mlp.gate.router_states_scale",)  # where a first layer has them all the same
 PER_LAYER_COLUMNS = ("embed_tokens_per_layer.weight",)  # [vocabulary, layers * size], Gemma 3n and 4
 PER_LAYER_ROWS = ("per_layer_model_projection.weight",)  # [layers * size, hidden]
@@ -49,6 +51,8 @@ def follow_depth(parent: Stack, child: Stack, kept: list[int], config: dict[str,
     """
     for own in OWN:
         _settle_own(own, parent, child)
+    if kept != list(range(len(parent.layers))):
+        _check_computed(child)
     _move_shared_blocks(parent, child, kept, config)
     depth = len(parent.layers)
     rest = dict(child.rest)
@@ -112,6 +116,15 @@ def _settle_own(own: Own, parent: Stack, child: Stack) -> None:
                 del layer[key]
         elif wanted != bool(keys):
             raise DowncycleError(f"this family cannot be cut like this: {own.name.rstrip('.')} stands in the way: {own.why}")
+
+
+def _check_computed(child: Stack) -> None:
+    for stored, beside in COMPUTED.items():
+        if any(all(_named(layer, name) for name in beside) and not _named(layer, stored) for layer in child.layers):
+            raise DowncycleError(
+                f"this family cannot be cut like this: {stored} stands in the way: it depends on a layer's number and num_hidden_layers, "
+                "and the files do not hold it; load the model with transformers and save it, which stores it"
+            )
 
 
 def _move_shared_blocks(parent: Stack, child: Stack, kept: list[int], config: dict[str, Any]) -> None:

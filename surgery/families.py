@@ -30,14 +30,13 @@ NUMBER_FORMULAS = {"beam": "the scale of its residuals", "diffllama": "lambda_in
 WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")  # kinds of layers of hybrid families
 OWN_CACHE = ("minimax",)
 # Families whose config has no field that follows depth: nothing need be asked of transformers, which takes seconds to import.
-UNIFORM = frozenset(
-    (
-        "apertus arcee aria_text biogpt bitnet bloom codegen cohere ctrl dbrx doge ernie4_5 falcon flex_olmo gemma glm glm4 gpt_bigcode gpt_neox "
-        "gpt2 gptj granite granitemoe granitemoeshared helium hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 jetmoe llama minimax_m2 "
-        "ministral3 mistral mixtral mpt nanochat nemotron olmo olmo2 olmoe opt persimmon phi phi3 phimoe rwkv seed_oss solar_open stablelm "
-        "starcoder2 xglm youtu"
-    ).split()
-)
+UNIFORM = frozenset((
+    "apertus", "arcee", "aria_text", "biogpt", "bitnet", "bloom", "codegen", "cohere", "ctrl", "dbrx", "doge", "ernie4_5", "falcon",
+    "flex_olmo", "gemma", "glm", "glm4", "gpt_bigcode", "gpt_neox", "gpt2", "gptj", "granite", "granitemoe", "granitemoeshared",
+    "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe", "llama", "minimax_m2", "ministral3",
+    "mistral", "mixtral", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "rwkv",
+    "seed_oss", "solar_open", "stablelm", "starcoder2", "xglm", "youtu",
+))  # fmt: skip
 Where = tuple[str, ...]
 
 
@@ -48,7 +47,9 @@ def num_layers(config: Config) -> int:
         known = read_config(config)
         stated = [depth for path, _ in _sections(config) if (depth := _depth_by_class(_at(known, path)))]
     if not stated:
-        raise DowncycleError(f"config.json of {config.get('model_type', 'an unnamed model type')} states no depth ({', '.join(DEPTH_FIELDS)})")
+        raise DowncycleError(
+            f"config.json of {config.get('model_type', 'an unnamed model type')} states no depth ({', '.join(DEPTH_FIELDS)})"
+        )
     return stated[0]
 
 
@@ -162,7 +163,9 @@ def _check_kinds(known: Any, child: Config, cut: Cut) -> None:
     except Exception as error:  # noqa: BLE001
         said = " ".join(str(error).split())[-200:]
         fields = ", ".join(sorted(name for _, section in _sections(child) for name in FIELD_RULES if name in section))
-        raise DowncycleError(f"{child['model_type']} cannot be cut like this: transformers refuses what is left of {fields}: {said}") from error
+        raise DowncycleError(
+            f"{child['model_type']} cannot be cut like this: transformers refuses what is left of {fields}: {said}"
+        ) from error
     for path, _ in _sections(child):
         before, after = _kinds(_at(known, path), cut.layers), _kinds(_at(made, path), len(cut.kept))
         for name in before.keys() & after.keys():
@@ -178,7 +181,11 @@ def _check_attention(kinds: dict[str, list[Any]], child: Config, cut: Cut) -> No
     if name and child["model_type"] not in OWN_CACHE:
         attention = [kind not in WITHOUT_ATTENTION for kind in kinds[name]]
         if any(attention) and not any(cut.where(attention)):
-            refuse({"model_type": child["model_type"]}, name, "is left without an attention layer, by which transformers counts its cache; keep one")
+            refuse(
+                {"model_type": child["model_type"]},
+                name,
+                "is left without an attention layer, by which transformers counts its cache; keep one",
+            )
 
 
 def _kinds(known: Any, depth: int) -> dict[str, list[Any]]:
@@ -218,7 +225,9 @@ def _names(name: str, stem: str, moved: dict[int, list[int]]) -> list[str]:
     match = re.search(rf"(?:^|[.:^]){re.escape(stem)}(\\?\.)([0-9]+)(?![0-9])(?!\]|\||\))", name)
     if not match:
         if re.search(rf"{re.escape(stem)}\\?\.[(\[]", name):
-            raise DowncycleError(f"quantization_config names layers by the pattern {name!r}, which cannot be renumbered; list the names in it")
+            raise DowncycleError(
+                f"quantization_config names layers by the pattern {name!r}, which cannot be renumbered; list the names in it"
+            )
         return [name]
     before, number, after = name[: match.start(2)], match[2], name[match.end(2) :]
     if after.startswith("*"):  # "layers.1*" also means layers 10 to 19

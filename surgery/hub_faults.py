@@ -80,8 +80,8 @@ class Patience:
         if isinstance(fault, UnfitAnswer):
             return f"{fault}{times}; a proxy may stand between: try another network, or `hf download {self.repo}` and give the folder"
         if not status:
-            reason = f"{_reason(fault)}{times}"
-            return f"no connection to {host} ({reason}); check the network and proxy, or set HF_HUB_OFFLINE=1 to use the cache"
+            broken = f"no connection to {host} ({_reason(fault)}){times}"
+            return f"{broken}; check the network and proxy, or set HF_HUB_OFFLINE=1 to use the cache"
         if status == 401:
             return f"{host} wants a valid token (401); run `hf auth login`, or set HF_TOKEN"
         if status == 403:
@@ -135,7 +135,7 @@ def _reason(fault: BaseException) -> str:
     """Say why a connection failed in the system's own words, not in the HTTP client's, which may quote a header."""
     cause: BaseException | None = fault
     while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__
+        if isinstance(cause, OSError) and (cause.strerror or isinstance(cause, TimeoutError)):
+            return cause.strerror or "timed out"
+        cause = cause.__cause__ or cause.__context__
     return type(fault).__name__

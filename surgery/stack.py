@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from .checkpoint import Checkpoint, Span, Tensor
 from .errors import DowncycleError
 
-OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|vit\b|perceiver|resampler|qformer|patcher|local_(?:en|de)coder|\bmtp", re.IGNORECASE)
+OTHER_TOWERS = re.compile(
+    r"vision|visual|image|audio|speech|vit\b|perceiver|resampler|qformer|patcher|local_(?:en|de)coder|\bmtp", re.IGNORECASE
+)
 STACK_WORDS = ("layers.", "layer.", "h.", "blocks.", "block.")
 # Stacks that are one: every layer has a part in each of them.
 PARALLEL_STACKS = (

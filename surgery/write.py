@@ -171,7 +171,9 @@ def _claim(staging: Path, plan: Plan) -> None:
 
 
 def _check_space(home: Path, staging: Path, plan: Plan) -> None:
-    there = sum(path.lstat().st_blocks * 512 for path in staging.glob("*"))
+    there = 0
+    with suppress(FileNotFoundError):  # another run is at work there; the lock will say so
+        there = sum(path.lstat().st_blocks * 512 for path in staging.glob("*"))
     free = shutil.disk_usage(home).free
     if plan.write_bytes - there > free:
         raise DowncycleError(

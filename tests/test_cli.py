@@ -426,7 +426,8 @@ def test_any_terminal_can_show_it(make, tmp_path, encoding):
 
 
 def test_help_and_a_cut_import_nothing_heavy(model):
-    code = "import sys; from downcycle.cli import main\ntry: main()\nfinally: print(*{'torch', 'numpy', 'huggingface_hub', 'safetensors'} & set(sys.modules))"
+    heavy = {"torch", "numpy", "huggingface_hub", "safetensors"}
+    code = f"import sys; from downcycle.cli import main\ntry: main()\nfinally: print(*{heavy} & set(sys.modules))"
     for arguments in (["--help"], ["--src", model, "--keep", "1"], ["inspect", model]):
         done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == ""

@@ -23,6 +23,7 @@ class Shape:
     heads: int = 32
     kv_heads: int = 8
     vocab: int = 128256
+    family: str = "llama"
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield names and shapes in the order of the model."""
@@ -52,7 +53,7 @@ class Shape:
     def config(self) -> dict[str, object]:
         """config.json, complete."""
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": self.layers,
+            "architectures": [f"{self.family.title()}ForCausalLM"], "model_type": self.family, "num_hidden_layers": self.layers,
             "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.hidden // self.heads, "vocab_size": self.vocab,
             "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
@@ -62,6 +63,7 @@ class Shape:
 
 
 LLAMA_405B = Shape(layers=126, hidden=16384, intermediate=53248, heads=128)
+QWEN3 = Shape(family="qwen3")  # a config that leaves fields to its class in transformers
 
 
 def write_model(folder: Path, shape: Shape, shard_bytes: int, *, sparse: bool) -> None:

@@ -66,6 +66,15 @@ def test_a_hub_cache_of_links_is_followed(make, tmp_path):
     assert {name: b"".join(tensor.chunks()) for name, tensor in checkpoint.tensors.items()} == {n: t.data for n, t in tensors.items()}
 
 
+def test_a_linked_folder_of_shards_is_followed(make, tmp_path):
+    tensors = make(tmp_path / "elsewhere")
+    make(tmp_path / "m", shards=2, seed=1)
+    (tmp_path / "m" / "sub").symlink_to("../elsewhere")
+    (tmp_path / "m" / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "sub/model.safetensors")}))
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert {name: b"".join(tensor.chunks()) for name, tensor in checkpoint.tensors.items()} == {n: t.data for n, t in tensors.items()}
+
+
 def test_the_fingerprint_is_of_config_and_shapes(make, tmp_path):
     make(tmp_path / "a")
     make(tmp_path / "b", shards=3, seed=1)
@@ -158,6 +167,7 @@ FAULTS = {
     "config is nested 500,000 deep": (lambda m: write_config(m, b'{"a":' * 500_000), "recursion"),
     "config has a number of 5000 digits": (lambda m: write_config(m, b'{"num_hidden_layers": ' + b"9" * 5000 + b"}"), "not valid JSON"),
     "config is a huge sparse file": (lambda m: os.truncate(m / "config.json", 10**12), "too long"),
+    "config with a list of model types": (lambda m: write_config(m, {"model_type": ["llama"]}), "model_type is no name"),
     "config wants code": (lambda m: write_config(m, {"num_hidden_layers": 4, "auto_map": {"AutoModel": "x.Y"}}), "--trust-remote-code"),
     "an adapter": (lambda m: (m / "config.json").rename(m / "adapter_config.json"), "an adapter, not a model"),
     "pickled weights": (lambda m: only(m, "pytorch_model.bin"), "pickled .*save_pretrained"),

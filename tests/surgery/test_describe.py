@@ -33,7 +33,7 @@ def test_facts(make, tmp_path):
 @pytest.mark.parametrize(
     "value", [5, "abc", True, None, [], [None], [[1]], [{"a": 1}], {}, {"quant_method": "gptq"}, float("nan")], ids=repr
 )
-@pytest.mark.parametrize("field", ["layer_types", "layers_block_type", "text_config", "architectures", "quantization_config", "model_type"])
+@pytest.mark.parametrize("field", ["layer_types", "layers_block_type", "text_config", "architectures", "quantization_config"])
 def test_a_field_of_the_wrong_type_is_passed_over(make, tmp_path, downcycle, field, value):
     make(tmp_path / "m", config={field: value})
     facts = describe(open_checkpoint(tmp_path / "m"))
