@@ -20,21 +20,12 @@ from typing import Any
 
 from .errors import DowncycleError
 from .families import num_layers
+from .filenames import CODE_FILES, CONFIG, INDEX, LINEAGE, PICKLES, SINGLE, SMALL_FILES
 from .header import LENGTH_BYTES, MAX_HEADER_BYTES, header_length, parse_header, tensor_nbytes
 from .sources import CHUNK, LocalFolder, Source
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "recipes" / "demo" / "model"
-CONFIG, INDEX, SINGLE, LINEAGE = "config.json", "model.safetensors.index.json", "model.safetensors", "downcycle.json"
-
-# What belongs to a model besides weights and config. Anything else in the folder (optimizer states, logs, keys) stays behind.
-SMALL_FILES = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "*.tiktoken", "*.jinja", "chat_template*", "chat_templates/*", "additional_chat_templates/*", "*processor_config.json",
-    "hf_quant_config.json", "quantize_config.json", "quant_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-CODE_FILES = ("*.py",)
-PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "consolidated*.pth", "tf_model.h5", "flax_model.msgpack")
 
 Chunks = Callable[[], Iterable[bytes]]
 

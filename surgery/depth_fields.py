@@ -231,4 +231,11 @@ NESTED_RULES: dict[str, Rule] = {
 
 def cut_fields(parent: Config, cut: Cut, rules: dict[str, Rule] = FIELD_RULES) -> Config:
     """Return what the fields of one config section that follow depth say after a cut."""
-    return {name: rule(parent, name, cut) for name, rule in rules.items() if parent.get(name) is not None}
+    child: Config = {}
+    for name, rule in rules.items():
+        if parent.get(name) is not None:
+            try:
+                child[name] = rule(parent, name, cut)
+            except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+                refuse(parent, name, "is not what this field holds in any model known here")
+    return child

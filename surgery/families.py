@@ -62,6 +62,11 @@ def cut_config(config: Config, kept: list[int]) -> Config:
     child = deepcopy(config)
     cut = Cut(num_layers(config), kept)
     known = None if config.get("model_type") in UNIFORM else read_config(config)
+    if known is None and config.get("model_type") not in UNIFORM and not config.get("auto_map"):
+        raise DowncycleError(
+            f"model type {config.get('model_type')!r}: the installed transformers does not know it, or refuses its config.json, so nothing "
+            "says what follows depth in it; upgrade transformers, or mend config.json"
+        )
     for path, section in _sections(child):
         stated = section.get(_depth_field(section)) or _depth_by_class(_at(known, path))
         if stated == cut.layers:
@@ -104,9 +109,11 @@ def _cut_section(section: Config, known: Any, cut: Cut, model_type: str) -> None
     parent = {"model_type": model_type, **left_out, **{name: value for name, value in section.items() if value is not None}}
     if not cut.is_prefix and (formula := NUMBER_FORMULAS.get(model_type)):
         refuse(parent, formula, "is computed from a layer's number, so each must keep its own; keep the first layers only")
-    section |= cut_fields(parent, cut)
+    for name, value in cut_fields(parent, cut).items():
+        if section.get(name) is not None or value != parent[name] or isinstance(value, list):  # lists as a whole are spelled out
+            section[name] = value
     multiple = MULTIPLES.get(model_type)
-    if multiple and multiple in section:
+    if multiple and type(section.get(multiple)) is int:
         section[multiple] = section[multiple] * len(cut.kept) // cut.layers
     field = _depth_field(parent) or next((name for name in DEPTH_FIELDS if name in spelled_out), "")
     if field and field != multiple:

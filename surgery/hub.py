@@ -25,8 +25,8 @@ from huggingface_hub import HfApi, constants, get_token, hf_hub_url, is_offline_
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
-from .checkpoint import CONFIG, INDEX, SINGLE
 from .errors import DowncycleError
+from .filenames import CONFIG, INDEX, SINGLE
 from .hub_faults import HTTPError, Patience, UnfitAnswer, endpoint
 from .sources import LocalFolder, Progress, Source
 

@@ -15,9 +15,9 @@ from .checkpoint import Checkpoint, Span
 from .depth_tensors import follow_depth
 from .errors import DowncycleError
 from .families import cut_config, renumber_modules
+from .filenames import QUANTIZER_FILES
 from .stack import join_layers, split_layers
 
-QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 def keep_layers(parent: Checkpoint, layers: list[int], rule: str = "layers") -> Checkpoint:
     """Return the model made of these layers of `parent`, in this order, with its embeddings, norms and head.

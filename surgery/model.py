@@ -8,11 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import CONFIG, Checkpoint, Span, Tensor
+from .checkpoint import Checkpoint, Span, Tensor
 from .errors import DowncycleError
+from .filenames import CONFIG, GENERATION
 from .write import write
-
-GENERATION = "generation_config.json"
 
 # Names that safetensors and torch spell differently are spelled out; sub-byte dtypes have none.
 TORCH_DTYPES = {

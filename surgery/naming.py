@@ -12,8 +12,10 @@ UNITS = {"b": 1e9, "m": 1e6}
 
 
 def child_name(parent: Checkpoint, child: Checkpoint) -> str:
-    """Name a child after its parent, the size scaled by what is left; without a size in the name, the layers are counted.
+    """Name a child after its parent, the size replaced by its own; without a size in the name, the layers are counted.
 
+    The size is the child's parameters where the parent's name speaks of its own, and scaled by what is left where it does not (packed
+    weights, "8x7B").
     A name that begins with "Meta-Llama" begins with "Llama" in the child, as the Llama licence asks of derived models.
     """
     name = Path(parent.name).name
@@ -23,7 +25,9 @@ def child_name(parent: Checkpoint, child: Checkpoint) -> str:
     match = SIZE.search(name)
     if not match:
         return f"{name}-{child.num_layers}L"
-    size = float(match[1]) * UNITS[match[2].lower()] * child.num_elements / parent.num_elements
+    stated = float(match[1]) * UNITS[match[2].lower()]
+    plain = 2 / 3 < parent.num_elements / max(stated, 1) < 3 / 2
+    size = child.num_elements if plain else stated * child.num_elements / parent.num_elements
     renamed = name[: match.start()] + format_size(size, upper=match[2].isupper()) + name[match.end() :]
     return renamed if renamed != name else f"{name}-{child.num_layers}L"
 

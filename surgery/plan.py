@@ -12,8 +12,9 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from .checkpoint import CONFIG, INDEX, LINEAGE, SINGLE, Checkpoint, Span, Tensor
+from .checkpoint import Checkpoint, Span, Tensor
 from .errors import DowncycleError
+from .filenames import CONFIG, INDEX, LINEAGE, SINGLE
 from .header import DTYPE_BITS, build_header
 
 

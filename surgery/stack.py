@@ -22,7 +22,7 @@ PARALLEL_STACKS = (
     ("transformer.attentions.", "transformer.layer_norm1.", "transformer.ffns.", "transformer.layer_norm2."),  # XLM
     ("model.H_module.layers.", "model.L_module.layers."),  # HRM
 )
-NUMBERED = re.compile(r"((?:[^.]+\.)*?)([0-9]+)\.(.+)")  # everything up to the first number, the number, the rest
+NUMBERED = re.compile(r"((?:[^.]+\.)*?)(0|[1-9][0-9]{0,8})\.(.+)", re.DOTALL)  # up to the first number, the number, the rest
 
 Layer = dict[tuple[str, str], Tensor]  # by what stands before and behind the layer's number
 

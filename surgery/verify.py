@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import LINEAGE, Checkpoint, Span, Tensor, open_checkpoint
+from .checkpoint import Checkpoint, Span, Tensor, open_checkpoint
 from .errors import DowncycleError
+from .filenames import LINEAGE
 from .layers import keep_layers
 from .sources import Progress
 

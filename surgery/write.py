@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from .checkpoint import CONFIG, Checkpoint, Span, Tensor
+from .checkpoint import Checkpoint, Span, Tensor
 from .errors import DowncycleError
+from .filenames import CONFIG
 from .plan import Plan, Shard, length, plan_write
 from .sources import Progress
 
@@ -177,7 +178,7 @@ def _check_space(home: Path, staging: Path, plan: Plan) -> None:
     free = shutil.disk_usage(home).free
     if plan.write_bytes - there > free:
         raise DowncycleError(
-            f"{home}: {(plan.write_bytes - there) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
+            f"{home}: {(plan.write_bytes - there) / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; "
             "free some space or choose --out on another disk"
         )
 

@@ -23,14 +23,16 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
 from downcycle.surgery.checkpoint import open_checkpoint
 from downcycle.surgery.errors import DowncycleError
 from downcycle.surgery.layers import keep_layers
 from downcycle.surgery.write import write
-from safetensors.torch import load_file, save_file
+
 from tiny_models import DEPTH, FAMILIES, NEW, TOKENS, VARIANTS, Config, inputs, logits, stand_in_for_timm, tiny_model
-from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 TABLE = Path(__file__).parents[1] / "FAMILIES.md"
 CUTS = {"the first 6": [0, 1, 2, 3, 4, 5], "0, 1, 4, 5, 7": [0, 1, 4, 5, 7], "2, 3, 4, 6": [2, 3, 4, 6]}

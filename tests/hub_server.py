@@ -47,6 +47,7 @@ class Request:
     method: str
     path: str
     headers: dict[str, str]
+    connection: int  # the client's port
     status: int = 0
     sent: int = 0
 
@@ -162,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer, or fail as was asked."""
         url = urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        self.asked = Request(self.server_name, self.command, unquote(url.path), headers)
+        self.asked = Request(self.server_name, self.command, unquote(url.path), headers, self.client_address[1])
         if self.asked.path != "/api/agent-harnesses":  # huggingface_hub 2 asks this once a day, for its own ends
             self.hub.requests.append(self.asked)
         self.fault = self.hub.next_fault(self.asked.path)

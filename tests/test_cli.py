@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from downcycle.cli import parse_count
 from downcycle.surgery.sources import LocalFolder
 

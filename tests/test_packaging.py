@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("build")
+pytest.importorskip("pyproject_hooks")  # comes with build
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"surgery", "recipes", "recipes/demo", "eval", "axolotl_configs"}
 

@@ -137,7 +137,7 @@ OVERRIDES: dict[str, Config] = {
     "rwkv": {"attention_hidden_size": 32},
     "smollm3": {"use_sliding_window": True, "sliding_window": 4},
     "xlm": {"causal": True},
-    "xlstm": {"mlstm_round_up_to_multiple_of": 8},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": HYBRID},
     "zamba2": {

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+
 from downcycle import DowncycleError, open_checkpoint
 from downcycle.surgery.checkpoint import find_source
 from downcycle.surgery.sources import LocalFolder

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from downcycle import DowncycleError, choose, parse_layers
 from downcycle.surgery.choose import RULES, ends, even, first, format_layers, tail
 

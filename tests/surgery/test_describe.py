@@ -4,6 +4,7 @@ import json
 from math import prod
 
 import pytest
+
 from downcycle import describe, open_checkpoint
 
 

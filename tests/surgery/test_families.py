@@ -9,10 +9,12 @@ import pytest
 pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest imports tests from where they lie, without their neighbours
 
-import families
 import torch
+
 from downcycle.surgery.depth_fields import FIELD_RULES
 from downcycle.surgery.families import UNIFORM
+
+import families
 from tiny_models import FAMILIES, VARIANTS
 
 STATED = families.read_table()

@@ -6,9 +6,10 @@ import struct
 import time
 
 import pytest
+from safetensors import SafetensorError, deserialize
+
 from downcycle.surgery.errors import DowncycleError
 from downcycle.surgery.header import DTYPE_BITS, build_header, header_length, parse_header, tensor_nbytes
-from safetensors import SafetensorError, deserialize
 
 PAIR = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "BF16", "shape": [2, 2], "data_offsets": [8, 16]}}
 

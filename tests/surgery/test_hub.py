@@ -13,13 +13,14 @@ from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import close_session
+
 from downcycle import DowncycleError, keep_layers, open_checkpoint, plan_write, write
 from downcycle.surgery import hub as hub_module
 from downcycle.surgery import hub_faults
 from downcycle.surgery import write as write_module
 from downcycle.surgery.hub import READ_ATTEMPTS, open_hub
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.utils import close_session
 
 sys.path.append(str(Path(__file__).parents[1]))
 from hub_server import HubServer  # noqa: E402
@@ -372,7 +373,8 @@ def test_signed_links_are_kept_until_they_expire(hub, repo):
     assert len(hub.asked("*/resolve/*")) == 1
     hub.expire()
     assert repo.read("model.safetensors", 50, 10) == WEIGHTS[50:60]
-    assert len(hub.asked("*/resolve/*")) == 2
+    assert [request.path for request in hub.asked("*/resolve/*")] == [f"/{REPO}/resolve/{repo.revision}/model.safetensors"] * 2
+    assert len({request.connection for request in hub.asked(server="hub")}) == 1
     hub.fail("/cdn/*", status=403)
     assert f"127.0.0.1 refused the signed link (403), {READ_ATTEMPTS} times in a row" in line(repo.read, "model.safetensors", 0, 10)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from downcycle import DowncycleError, keep_layers, open_checkpoint, write
 from downcycle.surgery.write import PLAN, staging_path
 

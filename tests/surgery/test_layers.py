@@ -4,6 +4,7 @@ import json
 from copy import deepcopy
 
 import pytest
+
 from downcycle import DowncycleError, keep_layers, open_checkpoint, write
 
 FILES = ["chat_template.jinja", "config.json", "downcycle.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from downcycle import Checkpoint, Tensor
 from downcycle.surgery.naming import child_name, format_size
 
@@ -19,11 +20,12 @@ def model(name: str, elements: int, layers: int = 2) -> Checkpoint:
     [
         ("meta-llama/Meta-Llama-3-8B", 8_030_261_248, 6_285_365_248, "Llama-3-6B"),
         ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248, 6_285_365_248, "Llama-3-6B-Instruct"),
-        ("meta-llama/Llama-3.2-1B", 1_235_814_400, 749_275_136, "Llama-3.2-606M"),
-        ("Qwen/Qwen2.5-0.5B", 494_032_768, 300_000_000, "Qwen2.5-304M"),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400, 749_275_136, "Llama-3.2-749M"),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768, 300_000_000, "Qwen2.5-300M"),
         ("HuggingFaceTB/SmolLM2-135M", 134_515_008, 100_000_000, "SmolLM2-100M"),
         ("bigscience/bloom-560m", 560_000_000, 280_000_000, "bloom-280m"),
-        ("meta-llama/Llama-2-70b-hf", 68_976_648_192, 34_488_324_096, "Llama-2-35b-hf"),
+        ("meta-llama/Llama-2-70b-hf", 68_976_648_192, 34_488_324_096, "Llama-2-34b-hf"),
+        ("packed/Llama-2-70b-AWQ", 9_000_000_000, 4_500_000_000, "Llama-2-35b-AWQ"),
         ("openai-community/gpt2", 100, 50, "gpt2-2L"),
         ("demo", 100, 50, "demo-2L"),
         ("Meta-Llama-3-8B", 100, 100, "Llama-3-8B-2L"),

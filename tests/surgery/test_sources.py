@@ -5,6 +5,7 @@ import os
 import random
 
 import pytest
+
 from downcycle import DowncycleError
 from downcycle.surgery import sources
 from downcycle.surgery.sources import LocalFolder

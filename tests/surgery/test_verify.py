@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+
 from downcycle import DowncycleError, keep_layers, open_checkpoint, verify, write
 
 

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from math import prod
 
 import pytest
+from safetensors import deserialize
+
 from downcycle import Checkpoint, DowncycleError, Tensor, keep_layers, open_checkpoint, plan_write, write
 from downcycle.surgery.sources import LocalFolder
 from downcycle.surgery.write import staging_path
-from safetensors import deserialize
 
 SMALL = ["chat_template.jinja", "config.json", "downcycle.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 INDEX = "model.safetensors.index.json"
