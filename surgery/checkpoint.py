@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import DowncycleError
-from .families import num_layers
+from .families import is_native, num_layers
 from .filenames import CODE_FILES, CONFIG, INDEX, LINEAGE, PICKLES, SINGLE, SMALL_FILES
 from .header import LENGTH_BYTES, MAX_HEADER_BYTES, header_length, parse_header, tensor_nbytes
 from .sources import CHUNK, LocalFolder, Source
@@ -113,7 +113,7 @@ def open_checkpoint(src: str | Path, revision: str | None = None, *, trust_remot
 
     Args:
         revision: branch, tag or commit of a Hub repo.
-        trust_remote_code: accept a model whose config names Python code of its own (copied, never run here).
+        trust_remote_code: accept a model that transformers cannot load without Python code of its own (copied, never run here).
     Raises:
         DowncycleError: not a safetensors checkpoint, or a damaged one.
     """
@@ -178,10 +178,10 @@ def _config(source: Source, trust_remote_code: bool) -> dict[str, Any]:
     config = load_json(source, CONFIG)
     if not isinstance(config.get("model_type"), str | None):
         raise DowncycleError(f"{source.name}/{CONFIG}: model_type is no name; fetch it again")
-    if config.get("auto_map") and not trust_remote_code:
+    if config.get("auto_map") and not trust_remote_code and not is_native(config):
         raise DowncycleError(
-            f"{source.name}: its config names Python code of its own (auto_map); if you trust it, give --trust-remote-code: "
-            "the code is copied, not run, and the cut is by general rules"
+            f"{source.name}: needs the Python code that comes with it, as transformers has no {config.get('model_type')!r}; if you trust "
+            "it, give --trust-remote-code: the code is copied, not run, and the cut is by general rules"
         )
     return config
 

@@ -76,6 +76,14 @@ def cut_config(config: Config, kept: list[int]) -> Config:
     return child
 
 
+def is_native(config: Config) -> bool:
+    """Whether transformers has this family itself, and so needs no code that comes with a model."""
+    if config.get("model_type") in UNIFORM:
+        return True
+    with _quiet_transformers() as config_classes:
+        return config.get("model_type") in config_classes
+
+
 def read_config(config: Config) -> Any:
     """Return a config as its family's class in transformers reads it; None where there is no such class, or it refuses."""
     try:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint import Checkpoint, Span, Tensor
 from .errors import DowncycleError
+from .families import is_native
 from .filenames import CONFIG, GENERATION
 from .write import write
 
-# Names that safetensors and torch spell differently are spelled out; sub-byte dtypes have none.
+# How torch spells what safetensors calls F32, I8, ...; packed sub-byte dtypes other than F4 have no name there.
 TORCH_DTYPES = {
-    **{f"{kind}{bits}": f"{word}{bits}" for kind, word in (("F", "float"), ("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"{kind}{bits}": f"{word}{bits}" for kind, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
     **{"BF16": "bfloat16", "BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
     **{"F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2"},
 }
@@ -39,7 +41,7 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     except ImportError as error:
         raise DowncycleError("loading a model needs torch and transformers: pip install 'downcycle[score]'") from error
     with tempfile.TemporaryDirectory(prefix="downcycle-") as folder:
-        if checkpoint.config.get("auto_map"):
+        if checkpoint.config.get("auto_map") and not is_native(checkpoint.config):
             return AutoModelForCausalLM.from_pretrained(write(checkpoint, Path(folder) / "model"), **options).eval()
         (Path(folder) / CONFIG).write_text(json.dumps(checkpoint.config))
         config = AutoConfig.from_pretrained(folder)

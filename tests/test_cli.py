@@ -153,7 +153,7 @@ def test_overwrite(downcycle, model, refused):
 
 
 def test_code_of_a_model_s_own(downcycle, make, refused, tmp_path):
-    make(tmp_path / "m", config={"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}})
+    make(tmp_path / "m", config={"model_type": "x", "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}})
     (tmp_path / "m" / "modeling_x.py").write_text("raise SystemExit('this code was run')")
     assert "--trust-remote-code" in refused("--src", tmp_path / "m", "--keep", "1", "--out", "c")
     assert "--trust-remote-code" in refused("inspect", tmp_path / "m")
@@ -161,6 +161,18 @@ def test_code_of_a_model_s_own(downcycle, make, refused, tmp_path):
     assert names(Path("c")) == sorted([*SMALL, "model.safetensors", "modeling_x.py"])
     assert "--trust-remote-code" in refused("verify", "c")
     assert downcycle("verify", "c", "--trust-remote-code").code == 0
+
+
+def test_code_that_nobody_needs_is_left_behind(downcycle, make, tmp_path):
+    make(tmp_path / "m", config={"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}})
+    (tmp_path / "m" / "modeling_x.py").write_text("raise SystemExit('this code was run')")
+    assert downcycle("--src", tmp_path / "m", "--keep", "1", "--out", "c").code == 0
+    assert names(Path("c")) == sorted([*SMALL, "model.safetensors"])
+
+
+def test_a_family_that_nobody_knows_is_refused(refused, make, tmp_path):
+    make(tmp_path / "m", config={"model_type": "unheard-of"})
+    assert "upgrade transformers" in refused("--src", tmp_path / "m", "--keep", "1", "--out", "c")
 
 
 # What is refused

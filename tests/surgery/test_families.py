@@ -1,13 +1,10 @@
 """Every causal-LM family of the installed transformers is cut exactly or refused, as FAMILIES.md says."""
 
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).parents[1]))  # pytest imports tests from where they lie, without their neighbours
 
 import torch
 

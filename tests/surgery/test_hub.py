@@ -22,8 +22,7 @@ from downcycle.surgery import hub_faults
 from downcycle.surgery import write as write_module
 from downcycle.surgery.hub import READ_ATTEMPTS, open_hub
 
-sys.path.append(str(Path(__file__).parents[1]))
-from hub_server import HubServer  # noqa: E402
+from hub_server import HubServer
 
 REPO = "ann/Tiny-Llama"
 TOKEN = "hf_doNotTellAnyone"
