@@ -1,1 +1,1 @@
-"""The built-in model `demo`: package data, and the script that made it."""
+"""The built-in model `demo`: package data, and the scripts that made it."""

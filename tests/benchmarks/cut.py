@@ -126,6 +126,8 @@ def measure_race(work: Path, options: argparse.Namespace, programs: dict[str, Pa
     print(f"Keep 24 of the 32 layers of a bf16 Llama: {before / GB:.2f} GB in 1 GB shards -> {after / GB:.2f} GB, flushed to the disk.")
     print(f"{machine(work)}; {time.strftime('%Y-%m-%d %H:%M')}, load {os.getloadavg()[1]:.1f}.\n")
     print_race(results, after)
+    for folder in (parent, child, out):
+        shutil.rmtree(folder)
     return results
 
 
@@ -227,8 +229,8 @@ def main() -> None:
         helps = [measure([str(options.downcycle), "--help"]) for _ in range(2 * options.runs)]
         plans = measure_plans(work, LLAMA_405B, {FULL: options.downcycle}, options.runs)[FULL]
         qwen3 = measure_plans(work, QWEN3, programs, options.runs)
-        large = measure_large(work, options.large, programs)
         results = measure_race(work, options, programs)
+        large = measure_large(work, options.large, programs)
     print_targets(Figures(results, large, qwen3, plans, helps), options.large)
 
 
