@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -66,14 +66,15 @@ def cut(
     copies 24 of its 32 decoder layers, the embeddings and the head, byte for byte, into a checkpoint that transformers loads.
     """
     if context.invoked_subcommand:
-        if src is not None:
-            raise typer.BadParameter(f"--src makes a cut; with {context.invoked_subcommand} give its own arguments", context)
+        _refuse_given(context, context.params, f"belongs to a cut; give {context.invoked_subcommand} its own options, behind it")
         return
     if src is None:
         typer.echo(context.get_help())
         raise typer.Exit(2 if len(sys.argv) > 1 else 0)
     if (keep is None) == (layers is None):
         raise typer.BadParameter("give either --keep N or --layers LIST", context)
+    if layers is not None:
+        _refuse_given(context, ["select"], "chooses for --keep; with --layers you choose")
     if recipe != "none":
         raise DowncycleError(f"--recipe {recipe}: no such preset; there is none yet but 'none'")
     parent = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
@@ -84,9 +85,13 @@ def cut(
     child = keep_layers(parent, kept, select)
     target = child_name(parent, child) if out is None else out
     plan = plan_write(child, size := parse_count(max_shard_size, "--max-shard-size"))
-    if not dry_run:
-        check_target(target_path(target), plan, overwrite)
     summary = _summary(parent, child, kept, plan, target)
+    try:
+        check_target(target_path(target), plan, overwrite)
+    except DowncycleError as error:
+        if not dry_run:
+            raise
+        summary["obstacle"] = str(error)
     if not as_json:
         _print_cut(parent, kept, summary, dry_run)
     if not dry_run:
@@ -139,6 +144,15 @@ def verify(
             f"{folder} is layers {format_layers(proof.layers)} of {proof.parent}: "
             f"{proof.tensors} tensors, {format_bytes(proof.bytes)} and {proof.files} files compared, all equal"
         )
+
+
+def _refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """End with a usage error where one of these options stands on the command line."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            raise typer.BadParameter(f"{option} {why}", context)
 
 
 def main() -> None:
@@ -204,6 +218,7 @@ def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan,
         "shards": {shard.name: shard.size for shard in plan.shards},
         "files": sorted(plan.files),
         "bytes": {"read": plan.read_bytes, "write": plan.write_bytes, "download": plan.download_bytes},
+        "obstacle": None,
     }
 
 
@@ -218,6 +233,7 @@ def _print_cut(parent: Checkpoint, kept: list[int], summary: dict[str, Any], dry
         lines.append(f"would read {format_bytes(size['read'])}{download}, write {format_bytes(size['write'])} into {summary['out']}:")
         lines += [f"  {name}  {format_bytes(count)}" for name, count in summary["shards"].items()]
         lines.append(f"  {', '.join(summary['files'])}")
+        lines += [f"but as things are it would be refused: {summary['obstacle']}"] if summary["obstacle"] else []
     for line in lines:
         typer.echo(line, err=not dry_run)
 

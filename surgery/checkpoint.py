@@ -15,12 +15,12 @@ from fnmatch import fnmatch
 from functools import cached_property
 from hashlib import sha256
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from .errors import DowncycleError
 from .families import is_native, num_layers
-from .filenames import CODE_FILES, CONFIG, INDEX, LINEAGE, PICKLES, SINGLE, SMALL_FILES
+from .filenames import CODE_FILES, CONFIG, INDEX, LINEAGE, PICKLES, SINGLE, SMALL_FILES, TOKENIZER, leads_out
 from .header import LENGTH_BYTES, MAX_HEADER_BYTES, header_length, parse_header, tensor_nbytes
 from .sources import CHUNK, LocalFolder, Source
 
@@ -51,11 +51,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named tensor's dtype (as safetensors spells it), shape and bytes: a range of a file, or a function that yields them in pieces."""
+    """A named tensor's dtype (as safetensors spells it), shape and bytes: a range of a file, or a function that yields them in pieces.
+
+    inputs: the byte ranges that such a function reads, so that a plan can count them and see when they change.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     data: Span | Chunks
+    inputs: tuple[Span, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +69,16 @@ class Tensor:
     def chunks(self) -> Iterator[bytes]:
         """Yield the bytes in order, in pieces that fit in memory."""
         yield from self.data.chunks() if isinstance(self.data, Span) else self.data()
+
+
+def file_bytes(data: Span | bytes) -> bytes:
+    """Return what a small file holds."""
+    return data.read() if isinstance(data, Span) else data
+
+
+def file_length(data: Span | bytes) -> int:
+    """Return the size of a small file in bytes."""
+    return data.length if isinstance(data, Span) else len(data)
 
 
 @dataclass(frozen=True)
@@ -133,9 +147,7 @@ def open_checkpoint(src: str | Path, revision: str | None = None, *, trust_remot
 def find_source(src: str | Path, revision: str | None = None) -> Source:
     """Say where `src` is: the built-in model, a folder on this machine, or a Hub repo. A Path is always a folder."""
     text = str(src)
-    if src == DEMO:
-        return LocalFolder(DEMO_FOLDER, name=DEMO)
-    folder = Path(os.path.expanduser(text))
+    folder = DEMO_FOLDER if src == DEMO else Path(os.path.expanduser(text))
     if text and os.path.isdir(folder):
         if revision:
             raise DowncycleError(f"--revision {revision}: {text} is a folder, and only a Hub repo has revisions; leave it out")
@@ -183,6 +195,11 @@ def _config(source: Source, trust_remote_code: bool) -> dict[str, Any]:
             f"{source.name}: needs the Python code that comes with it, as transformers has no {config.get('model_type')!r}; if you trust "
             "it, give --trust-remote-code: the code is copied, not run, and the cut is by general rules"
         )
+    if not trust_remote_code and TOKENIZER in source.files and "auto_map" in load_json(source, TOKENIZER):
+        raise DowncycleError(
+            f"{source.name}: its tokenizer needs Python code that comes with it; if you trust it, give --trust-remote-code: "
+            "the code is copied, not run"
+        )
     return config
 
 
@@ -213,18 +230,19 @@ def _header(source: Source, path: str) -> tuple[dict, dict[str, str]]:
 
 
 def _weight_map(source: Source) -> dict[str, str]:
-    """Map each tensor that the index names to its shard; without an index, the one file stands under an empty name."""
+    """Map each tensor that the index names to its shard; one file that holds all, which transformers prefers, is named without tensors."""
+    if SINGLE in source.files:
+        return {"": SINGLE}
     if INDEX not in source.files:
         single = [path for path in source.files if "/" not in path and path.endswith(".safetensors")]
-        if SINGLE in single or len(single) == 1:
-            return {"": SINGLE if SINGLE in single else single[0]}
+        if len(single) == 1:
+            return {"": single[0]}
         raise _no_weights(source, single)
     weight_map = load_json(source, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(path, str) for path in weight_map.values()):
         raise DowncycleError(f"{source.name}/{INDEX}: has no weight_map from tensors to files; fetch it again")
     for path in set(weight_map.values()):
-        parts = PurePosixPath(path)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        if leads_out(path):
             raise DowncycleError(f"{source.name}/{INDEX}: names the file {path!r}, which lies outside the checkpoint; do not trust it")
         if path not in source.files:
             raise DowncycleError(f"{source.name}: the index names {path!r}, which is not there; fetch it again")

@@ -73,10 +73,11 @@ def take_blocks(tensor: Tensor, kept: list[int], count: int, axis: int, name: st
         raise DowncycleError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not {count} blocks, one a layer; it cannot be cut")
     rows, row_bytes = (1, span.length) if axis == 0 else (tensor.shape[0], span.length // max(tensor.shape[0], 1))
     block = row_bytes // count
+    blocks = tuple(replace(span, start=span.start + index * block, length=block) for index in kept)  # where these are rows
 
     def by_block() -> Iterator[bytes]:
-        for index in kept:
-            yield from replace(span, start=span.start + index * block, length=block).chunks()
+        for part in blocks:
+            yield from part.chunks()
 
     def by_row() -> Iterator[bytes]:
         some = max(1, CHUNK // max(row_bytes, 1))
@@ -87,7 +88,7 @@ def take_blocks(tensor: Tensor, kept: list[int], count: int, axis: int, name: st
 
     size = tensor.shape[axis] // count * len(kept)
     shape = (size, tensor.shape[1]) if axis == 0 else (tensor.shape[0], size)
-    return Tensor(tensor.dtype, shape, by_block if axis == 0 else by_row)
+    return Tensor(tensor.dtype, shape, by_block, blocks) if axis == 0 else Tensor(tensor.dtype, shape, by_row, (span,))
 
 
 def _renumber_list(rest: dict[str, Tensor], pattern: re.Pattern[str], first: int, kept: list[int]) -> dict[str, Tensor]:

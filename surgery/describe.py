@@ -6,7 +6,7 @@ from collections import Counter
 from math import prod
 from typing import Any
 
-from .checkpoint import Checkpoint, Span
+from .checkpoint import Checkpoint, file_length
 from .stack import split_layers
 
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
@@ -35,7 +35,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "dtypes": dict(dtypes.most_common()),
         "quantization": _section(checkpoint.config, "quantization_config").get("quant_method"),
-        "files": {path: data.length if isinstance(data, Span) else len(data) for path, data in checkpoint.files.items()},
+        "files": {path: file_length(data) for path, data in checkpoint.files.items()},
     }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "decoder", "glo
 # Families whose layers compute with their own number: what no config field enters, and so no config can say.
 NUMBER_FORMULAS = {"beam": "the scale of its residuals", "diffllama": "lambda_init"}
 WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")  # kinds of layers of hybrid families
-OWN_CACHE = ("minimax",)
+OWN_CACHE = ("minimax",)  # hybrids whose cache counts tokens without an attention layer
 # Families whose config has no field that follows depth: nothing need be asked of transformers, which takes seconds to import.
 UNIFORM = frozenset((
     "apertus", "arcee", "aria_text", "biogpt", "bitnet", "bloom", "codegen", "cohere", "ctrl", "dbrx", "doge", "ernie4_5", "falcon",
@@ -215,36 +214,3 @@ def _kinds(known: Any, depth: int) -> dict[str, list[Any]]:
             if isinstance(value, list | tuple) and len(value) == depth:
                 kinds[name] = list(value)
     return kinds
-
-
-# A quantiser's config names modules, and so layers.
-
-
-def renumber_modules(value: Any, stem: str, moved: dict[int, list[int]]) -> Any:
-    """Renumber the layers in the module names of a quantiser's config; names of dropped layers go.
-
-    Args:
-        stem: last word before the layer's number in tensor names, like "layers".
-        moved: the new numbers of each kept layer.
-    """
-    if isinstance(value, dict):
-        return {new: renumber_modules(item, stem, moved) for key, item in value.items() for new in _names(key, stem, moved)}
-    if isinstance(value, list):
-        names = [new for item in value for new in (_names(item, stem, moved) if isinstance(item, str) else [item])]
-        return [renumber_modules(item, stem, moved) if isinstance(item, dict | list) else item for item in names]
-    return value
-
-
-def _names(name: str, stem: str, moved: dict[int, list[int]]) -> list[str]:
-    """Return what one module name (or pattern) becomes: one name per new number, or none."""
-    match = re.search(rf"(?:^|[.:^]){re.escape(stem)}(\\?\.)([0-9]+)(?![0-9])(?!\]|\||\))", name)
-    if not match:
-        if re.search(rf"{re.escape(stem)}\\?\.[(\[]", name):
-            raise DowncycleError(
-                f"quantization_config names layers by the pattern {name!r}, which cannot be renumbered; list the names in it"
-            )
-        return [name]
-    before, number, after = name[: match.start(2)], match[2], name[match.end(2) :]
-    if after.startswith("*"):  # "layers.1*" also means layers 10 to 19
-        return [f"{before}{new}{match[1]}*" for old, news in moved.items() if str(old).startswith(number) for new in news]
-    return [f"{before}{new}{after}" for new in moved.get(int(number), [])]

@@ -1,7 +1,10 @@
 """What the files of a checkpoint are called, and which of them belong to a model."""
 
+from pathlib import PurePosixPath
+
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LINEAGE = "downcycle.json"
@@ -9,9 +12,18 @@ QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config
 
 # What belongs to a model besides weights and config. Anything else in the folder (optimizer states, logs, keys) stays behind.
 SMALL_FILES = (
-    GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-    "*.tiktoken", "*.jinja", "chat_template*", "chat_templates/*", "additional_chat_templates/*", "*processor_config.json",
-    *QUANTIZER_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+    *(GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "chat_template*"),
+    *("chat_templates/*", "additional_chat_templates/*", "*processor_config.json", *QUANTIZER_FILES),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+    # vocabularies, by every name that a tokenizer of transformers gives to its files
+    *("vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.spm", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json"),
+    *("entity_vocab.json", "normalizer.json", "target_vocab.json", "*.tokenizer", "word_pronunciation.json", "word_shape.json"),
+)
 CODE_FILES = ("*.py",)
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "consolidated*.pth", "tf_model.h5", "flax_model.msgpack")
+
+
+def leads_out(path: str) -> bool:
+    """Whether a file of this name could lie outside the folder that it belongs to."""
+    parts = PurePosixPath(path)
+    return parts.is_absolute() or ".." in parts.parts or "\\" in path

@@ -12,12 +12,11 @@ hundreds of MB. The /resolve route serves files in Xet storage by exact range.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
@@ -26,9 +25,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from .errors import DowncycleError
-from .filenames import CONFIG, INDEX, SINGLE
+from .filenames import CONFIG, INDEX, SINGLE, leads_out
 from .hub_faults import HTTPError, Patience, UnfitAnswer, endpoint
-from .sources import LocalFolder, Progress, Source
+from .sources import LocalFolder, Progress, Source, write_at
 
 if TYPE_CHECKING:
     from httpx import Response
@@ -77,7 +76,7 @@ class HubRepo:
             return self._snapshot.copy(path, start, length, into, offset, progress)
 
         def put(chunk: bytes, done: int) -> None:
-            _write_at(into, chunk, offset + done)
+            write_at(into, chunk, offset + done)
             progress(len(chunk))
 
         return self._stream(path, start, length, put)
@@ -168,19 +167,13 @@ def _list_files(repo_id: str, revision: str | None) -> tuple[str, dict[str, int]
             siblings = {file.rfilename: file for file in info.siblings or ()}
             sizes = {path: int(file.size) for path, file in siblings.items()}  # type: ignore[arg-type]
             identities = {path: file.lfs.sha256 if file.lfs else str(file.blob_id) for path, file in siblings.items()}
-            if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)) or any(map(_leads_out, sizes)):
+            if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)) or any(map(leads_out, sizes)):
                 raise ValueError
             return str(info.sha), sizes, identities
         except HTTPError as fault:
             patience.wait(fault)
         except (ValueError, LookupError, TypeError, AttributeError):
             raise DowncycleError(f"{repo_id}: {endpoint()} does not answer as the Hub does; check HF_ENDPOINT and the proxy") from None
-
-
-def _leads_out(path: str) -> bool:
-    """Whether a file of this name could be written outside the folder that it belongs to."""
-    parts = PurePosixPath(path)
-    return parts.is_absolute() or ".." in parts.parts or "\\" in path
 
 
 def _snapshot(repo_id: str, revision: str) -> LocalFolder | None:
@@ -205,8 +198,10 @@ def _open_offline(repo_id: str, revision: str) -> LocalFolder:
 
 def _missing_weights(snapshot: LocalFolder) -> list[str]:
     """Name the weights that a cached snapshot lacks. Only its index, or the one name that needs none, tells which there should be."""
+    if SINGLE in snapshot.files:
+        return []
     if INDEX not in snapshot.files:
-        return [] if SINGLE in snapshot.files else [SINGLE]
+        return [SINGLE]
     try:
         shards = set(json.loads(snapshot.read(INDEX, 0, snapshot.files[INDEX]))["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -238,10 +233,3 @@ def _is_endpoint(url: str) -> bool:
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-
-
-def _write_at(into: int, chunk: bytes, offset: int) -> None:
-    view = memoryview(chunk)
-    while view:
-        written = os.pwrite(into, view, offset)
-        view, offset = view[written:], offset + written

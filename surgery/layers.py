@@ -11,11 +11,12 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from .checkpoint import Checkpoint, Span
+from .checkpoint import Checkpoint, Span, file_bytes
 from .depth_tensors import follow_depth
 from .errors import DowncycleError
-from .families import cut_config, renumber_modules
+from .families import cut_config
 from .filenames import QUANTIZER_FILES
+from .quantizer import renumber_config, renumber_modules
 from .stack import join_layers, split_layers
 
 
@@ -35,8 +36,7 @@ def keep_layers(parent: Checkpoint, layers: list[int], rule: str = "layers") -> 
     for new, old in [*enumerate(layers), *((len(layers) + old - depth, old) for old in stack.beyond)]:
         moved[old].append(new)
     config = cut_config(parent.config, layers)
-    if isinstance(config.get("quantization_config"), dict):
-        config["quantization_config"] = renumber_modules(config["quantization_config"], stack.word, moved)
+    renumber_config(config, stack.word, moved)
     child = replace(
         stack,
         layers=[dict(stack.layers[old]) for old in layers],
@@ -59,9 +59,8 @@ def _renumber_file(path: str, data: Span | bytes, word: str, moved: dict[int, li
     """A quantiser's own config file names layers as config.json does."""
     if path not in QUANTIZER_FILES:
         return data
-    text = data.read() if isinstance(data, Span) else data
     try:
-        before = json.loads(text)
+        before = json.loads(file_bytes(data))
     except (ValueError, RecursionError) as error:
         raise DowncycleError(f"{path}: not valid JSON ({str(error)[:80]}); fetch it again") from error
     after = renumber_modules(before, word, moved)

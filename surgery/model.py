@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, Span, Tensor
+from .checkpoint import Checkpoint, Span, Tensor, file_bytes
 from .errors import DowncycleError
 from .families import is_native
 from .filenames import CONFIG, GENERATION
@@ -37,7 +37,7 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     """
     try:
         import torch  # noqa: F401
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     except ImportError as error:
         raise DowncycleError("loading a model needs torch and transformers: pip install 'downcycle[score]'") from error
     with tempfile.TemporaryDirectory(prefix="downcycle-") as folder:
@@ -47,13 +47,24 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         maps: dict[Path, torch.Tensor] = {}
         weights = {name: _as_torch(tensor, maps) for name, tensor in checkpoint.tensors.items()}
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class = _class_for(config)
         model = model_class.from_pretrained(None, config=config, state_dict=weights, **options).eval()
         if GENERATION in checkpoint.files:
-            data = checkpoint.files[GENERATION]
-            (Path(folder) / GENERATION).write_bytes(data if isinstance(data, bytes) else data.read())
+            (Path(folder) / GENERATION).write_bytes(file_bytes(checkpoint.files[GENERATION]))
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
+
+
+def _class_for(config: Any) -> Any:
+    """Return the class that writes text: that of the causal-LM mapping, or, for a multimodal model that is not in it, the config's own."""
+    import transformers
+
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    names = config.architectures or ["no architecture"]
+    if found := getattr(transformers, names[0], None):
+        return found
+    raise DowncycleError(f"transformers {transformers.__version__} has no class {names[0]} for a {config.model_type!r}; upgrade it")
 
 
 def _as_torch(tensor: Tensor, maps: dict[Path, torch.Tensor]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from .checkpoint import Checkpoint, Span, Tensor
+from .checkpoint import Checkpoint, Span, Tensor, file_length
 from .errors import DowncycleError
 from .filenames import CONFIG, INDEX, LINEAGE, SINGLE
 from .header import DTYPE_BITS, build_header
@@ -70,7 +70,7 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes that the folder will hold."""
-        return sum(shard.size for shard in self.shards) + sum(length(data) for data in self.files.values())
+        return sum(shard.size for shard in self.shards) + sum(file_length(data) for data in self.files.values())
 
     @property
     def download_bytes(self) -> int:
@@ -79,13 +79,14 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that are copied from the source, wherever it is."""
+        """Bytes that are read from the source, wherever it is."""
         return sum(span.length for span in self.spans())
 
     def spans(self) -> Iterator[Span]:
-        """Yield every byte range that is copied."""
+        """Yield every byte range that is copied, or read to compute a tensor."""
         for shard in self.shards:
             yield from (span for _, span in shard.copies())
+            yield from (span for tensor in shard.tensors.values() for span in tensor.inputs)
         yield from (data for data in self.files.values() if isinstance(data, Span))
 
     @cached_property
@@ -94,7 +95,8 @@ class Plan:
         digest = sha256()
         for shard in self.shards:
             digest.update(shard.name.encode() + shard.header)
-            for offset, span in shard.copies():
+            inputs = ((-1, span) for tensor in shard.tensors.values() for span in tensor.inputs)
+            for offset, span in (*shard.copies(), *inputs):
                 digest.update(repr((offset, span.source.name, span.path, span.source.identity(span.path), span.start)).encode())
         for path, data in self.files.items():
             digest.update(repr((path, data if isinstance(data, bytes) else (data.path, data.source.identity(data.path)))).encode())
@@ -132,11 +134,6 @@ def _aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _touch(offset: int, span: Span, next_offset: int, following: Span) -> bool:
     same = span.source is following.source and span.path == following.path
     return same and span.start + span.length == following.start and offset + span.length == next_offset
-
-
-def length(data: Span | bytes) -> int:
-    """Size in bytes of a small file."""
-    return len(data) if isinstance(data, bytes) else data.length
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

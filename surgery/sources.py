@@ -128,3 +128,11 @@ def _start_flush(file: int, start: int, length: int) -> None:
     """Let the disk begin on these bytes while the next ones are copied; else the fsync at the end waits for all of them."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, length, os.POSIX_FADV_DONTNEED)
+
+
+def write_at(file: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at an offset, however little the system takes at once."""
+    view = memoryview(data).cast("B")
+    while view:
+        count = os.pwrite(file, view, offset)
+        view, offset = view[count:], offset + count

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, Span, Tensor, open_checkpoint
+from .checkpoint import DEMO, Checkpoint, Span, Tensor, file_bytes, open_checkpoint
 from .errors import DowncycleError
 from .filenames import LINEAGE
 from .layers import keep_layers
@@ -62,13 +62,15 @@ def rebuild(made: Checkpoint, src: str | Path | None = None, *, trust_remote_cod
         raise DowncycleError(f"{made.name}/{LINEAGE}: lacks {error}; it was changed, or is another version's") from error
     if not isinstance(parent_name, str) or not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise DowncycleError(f"{made.name}/{LINEAGE}: names no parent or no list of layers; it was changed")
-    if src is not None:
-        parent = open_checkpoint(src, trust_remote_code=trust_remote_code)
-    else:
-        try:
-            parent = open_checkpoint(parent_name, revision, trust_remote_code=trust_remote_code)
-        except DowncycleError as error:
-            raise DowncycleError(f"{error}. If the parent of {made.name} lies elsewhere now, give it with --src") from error
+    where: str | Path = parent_name if revision or parent_name == DEMO else Path(parent_name)  # a folder is never looked for on the Hub
+    if src is not None and str(src) != parent_name:
+        where, revision = src, None
+    try:
+        parent = open_checkpoint(where, revision, trust_remote_code=trust_remote_code)
+    except DowncycleError as error:
+        if src is not None:
+            raise
+        raise DowncycleError(f"{error}. If the parent of {made.name} lies elsewhere now, give it with --src") from error
     if parent.fingerprint != fingerprint:
         raise DowncycleError(f"{parent.name} is not the parent of {made.name}: config or tensors differ; give the parent with --src")
     return keep_layers(parent, layers, rule)
@@ -83,7 +85,7 @@ def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = la
     for path, data in expected.files.items():
         if path not in found.files:
             yield f"{path} is missing"
-        elif _read(data) != _read(found.files[path]):
+        elif file_bytes(data) != file_bytes(found.files[path]):
             yield f"{path} differs"
     for path in (path for path in found.files if path not in expected.files):
         yield f"{path} does not belong"
@@ -112,7 +114,3 @@ def _differ(expected: Tensor, found: Tensor, progress: Progress) -> str:
         done += len(chunk)
         progress(len(chunk))
     return ""
-
-
-def _read(data: Span | bytes) -> bytes:
-    return data.read() if isinstance(data, Span) else data

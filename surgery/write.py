@@ -10,21 +10,18 @@ import errno
 import fcntl
 import os
 import shutil
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
-from .checkpoint import Checkpoint, Span, Tensor
+from .checkpoint import Checkpoint, Span, file_length
 from .errors import DowncycleError
 from .filenames import CONFIG
-from .plan import Plan, Shard, length, plan_write
-from .sources import Progress
+from .plan import Plan, Shard, plan_write
+from .sources import Progress, write_at
+from .transfer import copy_all, write_computed
 
 PLAN = "plan.sha256"
-PIECE = 64 << 20  # bytes that a remote source is asked for at once, and that a cut-off download loses at most
 
 
 def write(
@@ -54,7 +51,7 @@ def write(
             _write_shard(shard, staging, progress)
         for path, data in plan.files.items():
             _write_file(staging / path, data)
-            progress(length(data))
+            progress(file_length(data))
         (staging / PLAN).unlink()
         _flush_folders(staging)
         _publish(staging, out)
@@ -105,7 +102,9 @@ def _check_apart(out: Path, source: Path) -> None:
 def _check_name(out: Path, overwrite: bool) -> None:
     if not out.exists() and not out.is_symlink():
         return
-    if not out.is_dir() or out.is_symlink():
+    if out.is_symlink():
+        raise DowncycleError(f"--out {out}: is a symbolic link; give the folder that it leads to, or another name")
+    if not out.is_dir():
         raise DowncycleError(f"--out {out}: exists and is no folder; choose another name")
     if any(out.iterdir()):
         if not overwrite:
@@ -189,73 +188,20 @@ def _write_shard(shard: Shard, staging: Path, progress: Progress) -> None:
     if final.is_file():
         progress(shard.size)
         return
-    done = set(journal.read_text().split("\n")[:-1]) if journal.is_file() and part.is_file() else set()
+    if not part.is_file():
+        journal.unlink(missing_ok=True)
+    done = set(journal.read_text().split("\n")[:-1]) if journal.is_file() else set()
     with open(part, "r+b" if done else "wb", buffering=0) as file:
         _reserve(file.fileno(), shard.size)
-        _pwrite(file.fileno(), shard.header, 0)
+        write_at(file.fileno(), shard.header, 0)
         progress(len(shard.header))
         for offset, tensor in shard.placed():
             if not isinstance(tensor.data, Span):
-                _write_computed(file.fileno(), tensor, offset, progress)
-        _copy_all(list(shard.copies()), file.fileno(), journal, done, progress)
+                write_computed(file.fileno(), tensor, offset, progress)
+        copy_all(list(shard.copies()), file.fileno(), journal, done, progress)
         os.fsync(file.fileno())
     journal.unlink(missing_ok=True)
     part.rename(final)
-
-
-def _write_computed(file: int, tensor: Tensor, offset: int, progress: Progress) -> None:
-    end = offset + tensor.nbytes
-    for chunk in tensor.chunks():
-        _pwrite(file, chunk, offset)
-        progress(len(chunk))
-        offset += len(chunk)
-    if offset != end:
-        raise ValueError(f"a computed tensor gave {tensor.nbytes + offset - end} bytes instead of {tensor.nbytes}")
-
-
-def _copy_all(copies: list[tuple[int, Span]], file: int, journal: Path, done: set[str], progress: Progress) -> None:
-    """Copy ranges into the file: one after the other from a disk, several at once and journalled from a remote source."""
-    pieces: list[tuple[int, Span]] = []
-    for offset, span in copies:
-        if span.source.local_path(span.path):
-            span.source.copy(span.path, span.start, span.length, file, offset, progress)
-        else:
-            pieces += _pieces(offset, span)
-    if pieces:
-        with open(journal, "a", buffering=1) as log:
-            _fetch_all(pieces, file, log, done, progress)
-
-
-def _fetch_all(pieces: list[tuple[int, Span]], file: int, log: TextIO, done: set[str], progress: Progress) -> None:
-    """Fetch pieces over several connections; the first fault, or Ctrl-C, stops them all."""
-    stop = threading.Event()
-
-    def advance(count: int) -> None:
-        if stop.is_set():
-            raise InterruptedError("stopped because another piece failed")
-        progress(count)
-
-    def fetch(offset: int, span: Span) -> None:
-        if str(offset) in done:
-            return progress(span.length)
-        span.source.copy(span.path, span.start, span.length, file, offset, advance)
-        os.fdatasync(file)  # what the journal names must outlive a power cut
-        log.write(f"{offset}\n")
-        return None
-
-    with ThreadPoolExecutor(max(span.source.connections for _, span in pieces)) as pool:
-        futures = [pool.submit(fetch, offset, span) for offset, span in pieces]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-def _pieces(offset: int, span: Span) -> Iterator[tuple[int, Span]]:
-    for done in range(0, span.length, PIECE):
-        yield offset + done, Span(span.source, span.path, span.start + done, min(PIECE, span.length - done))
 
 
 def _write_file(path: Path, data: Span | bytes) -> None:
@@ -289,13 +235,6 @@ def _flush(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _pwrite(file: int, data: bytes, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        count = os.pwrite(file, view, offset)
-        view, offset = view[count:], offset + count
 
 
 def _reserve(file: int, size: int) -> None:

@@ -111,7 +111,12 @@ def test_a_dry_run_reads_no_weight_and_writes_nothing(downcycle, model, tree, tm
         if path.endswith(".safetensors"):
             with open(model / path, "rb") as file:
                 assert end <= 8 + struct.unpack("<Q", file.read(8))[0]
-    assert {path for path, _ in reads} == {"config.json", INDEX, *(path.name for path in model.glob("*.safetensors"))}
+    assert {path for path, _ in reads} == {
+        "config.json",
+        "tokenizer_config.json",
+        INDEX,
+        *(path.name for path in model.glob("*.safetensors")),
+    }
 
 
 def test_inspect(downcycle, model):
@@ -444,3 +449,26 @@ def test_help_and_a_cut_import_nothing_heavy(model):
     for arguments in (["--help"], ["--src", model, "--keep", "1"], ["inspect", model]):
         done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == ""
+
+
+def test_a_dry_run_says_what_stands_in_the_way(downcycle, model):
+    answer = downcycle("--src", model, "--keep", "1", "--out", model / "x", "--dry-run")
+    assert answer.code == 0
+    assert "but as things are it would be refused: --out" in answer.out
+    assert (
+        "lies in the source"
+        in json.loads(downcycle("--src", model, "--keep", "1", "--out", model / "x", "--dry-run", "--json").out)["obstacle"]
+    )
+
+
+@pytest.mark.parametrize("options", [["--json"], ["--keep", "4"], ["--dry-run"], ["--src", "x"]])
+def test_options_of_a_cut_before_another_command_are_refused(downcycle, model, options):
+    answer = downcycle(*options, "inspect", model)
+    assert answer.code == 2
+    assert f"{options[0]} belongs to a cut" in answer.err
+
+
+def test_a_rule_beside_a_list_is_refused(downcycle, model):
+    answer = downcycle("--src", model, "--layers", "0-1", "--select", "even")
+    assert answer.code == 2
+    assert "--select chooses for --keep" in answer.err

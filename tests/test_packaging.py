@@ -1,5 +1,6 @@
 """What is shipped: the exact files of the wheel, and a cut made by it in a clean environment without torch."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,7 +18,11 @@ PACKAGES = {"surgery", "recipes", "recipes/demo", "eval", "axolotl_configs"}
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT], check=True, capture_output=True)
+    source = tmp_path_factory.mktemp("source")  # clean of what earlier builds left, and no other test builds there
+    for path in tracked("."):
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, source / path)
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", folder, source], check=True, capture_output=True)
     (built,) = folder.glob("*.whl")
     return built
 

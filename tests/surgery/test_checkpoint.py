@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
+import transformers
 
 from downcycle import DowncycleError, open_checkpoint
 from downcycle.surgery.checkpoint import find_source
+from downcycle.surgery.filenames import SMALL_FILES
 from downcycle.surgery.sources import LocalFolder
 
 INDEX = "model.safetensors.index.json"
@@ -43,7 +48,12 @@ def test_opening_reads_config_index_and_headers_only(make, tmp_path, reads):
     for path, start, length in reads:
         header = 8 + int.from_bytes((tmp_path / "m" / path).read_bytes()[:8], "little") if path.endswith(".safetensors") else 10**6
         assert start + length <= header
-    assert {path for path, _, _ in reads} == {"config.json", INDEX, *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))}
+    assert {path for path, _, _ in reads} == {
+        "config.json",
+        "tokenizer_config.json",
+        INDEX,
+        *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+    }
 
 
 def test_only_a_model_s_own_files_come_along(make, tmp_path):
@@ -256,3 +266,34 @@ def test_what_others_write_is_accepted(make, tmp_path):
     index = json.loads((tmp_path / "m" / INDEX).read_text())
     (tmp_path / "m" / INDEX).write_text(json.dumps(index | {"metadata": {"total_size": "?"}, "more": 1}))
     assert set(open_checkpoint(tmp_path / "m").tensors) == set(tensors)
+
+
+def test_one_file_is_preferred_to_shards_as_transformers_prefers_it(make, tmp_path):
+    make(tmp_path / "m", shards=2, seed=1)
+    make(tmp_path / "one", seed=2)
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "m" / "model.safetensors")
+    paths = {tensor.data.path for tensor in open_checkpoint(tmp_path / "m").tensors.values()}
+    assert paths == {"model.safetensors"}
+
+
+def test_a_tokenizer_with_code_of_its_own_needs_trust(make, tmp_path):
+    make(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tok.T", null]}}')
+    (tmp_path / "m" / "tok.py").write_text("x")
+    with pytest.raises(DowncycleError, match="its tokenizer needs Python code.*--trust-remote-code"):
+        open_checkpoint(tmp_path / "m")
+    assert "tok.py" in open_checkpoint(tmp_path / "m", trust_remote_code=True).files
+
+
+def test_the_built_in_model_has_no_revisions():
+    with pytest.raises(DowncycleError, match="--revision x: demo .* leave it out"):
+        open_checkpoint("demo", "x")
+
+
+def test_every_vocabulary_that_transformers_names_comes_along():
+    names = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/tokenization*.py"):
+        for block in re.findall(r"VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.DOTALL):
+            names |= set(re.findall(r':\s*"([^"]+)"', block))
+    assert len(names) > 20
+    assert {name for name in names if not any(fnmatch(name, pattern) for pattern in SMALL_FILES)} == set()

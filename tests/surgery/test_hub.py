@@ -18,8 +18,7 @@ from huggingface_hub.utils import close_session
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, plan_write, write
 from downcycle.surgery import hub as hub_module
-from downcycle.surgery import hub_faults
-from downcycle.surgery import write as write_module
+from downcycle.surgery import hub_faults, transfer
 from downcycle.surgery.hub import READ_ATTEMPTS, open_hub
 
 from hub_server import HubServer
@@ -556,7 +555,7 @@ def test_a_cut_survives_a_bad_network(hub, sharded, tmp_path, read_back, cut_by_
 
 
 def test_a_cut_that_broke_off_goes_on(hub, sharded, tmp_path, monkeypatch, read_back, cut_by_hand):
-    monkeypatch.setattr(write_module, "PIECE", 1000)
+    monkeypatch.setattr(transfer, "PIECE", 1000)
     monkeypatch.setattr(hub_module.HubRepo, "connections", 1)
     child = keep_layers(open_checkpoint(REPO), [0, 1, 2, 3])
     read = hub.sent("/cdn/*.safetensors")

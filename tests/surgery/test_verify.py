@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, verify, write
+from downcycle.surgery import hub
 
 
 @pytest.fixture
@@ -169,3 +170,15 @@ def test_a_folder_that_is_no_child(make, tmp_path):
     shutil.rmtree(tmp_path / "m")
     with pytest.raises(DowncycleError, match="no such folder"):
         verify(tmp_path / "m")
+
+
+def test_a_folder_is_never_looked_for_on_the_hub(make, tmp_path, monkeypatch):
+    make(tmp_path / "p1")
+    monkeypatch.chdir(tmp_path)
+    write(keep_layers(open_checkpoint("p1"), [0]), "c")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(hub, "open_hub", None)
+    with pytest.raises(DowncycleError, match="p1: no such folder.*give it with --src"):
+        verify(tmp_path / "c")
+    assert verify(tmp_path / "c", "../p1").layers == [0]

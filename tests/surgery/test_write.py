@@ -9,14 +9,18 @@ import shutil
 import subprocess
 from collections import namedtuple
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 
 import pytest
 from safetensors import deserialize
 
 from downcycle import Checkpoint, DowncycleError, Tensor, keep_layers, open_checkpoint, plan_write, write
+from downcycle.surgery.checkpoint import Span
 from downcycle.surgery.sources import LocalFolder
 from downcycle.surgery.write import staging_path
+
+from conftest import Stored
 
 SMALL = ["chat_template.jinja", "config.json", "downcycle.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 INDEX = "model.safetensors.index.json"
@@ -272,13 +276,13 @@ TARGETS = {
     "a checkpoint around the source": (lambda t: (t / "config.json").write_text("{}") and t, True, "holds the source"),
     "a folder in the source": (lambda t: t / "m" / "child", True, "lies in the source"),
     "a folder deep in the source": (lambda t: t / "m" / "a" / "child", True, "lies in the source"),
-    "a link to the source": (lambda t: (t / "link").symlink_to(t / "m") or t / "link", True, "is no folder"),
+    "a link to the source": (lambda t: (t / "link").symlink_to(t / "m") or t / "link", True, "is a symbolic link"),
     "a folder in a link to the source": (lambda t: (t / "link").symlink_to(t / "m") or t / "link" / "child", True, "lies in the source"),
     "a file": (lambda t: (t / "f").write_text("x") and t / "f", True, "is no folder"),
     "a folder in a file": (lambda t: (t / "f").write_text("x") and t / "f" / "c", True, "nothing can be written into"),
-    "a dangling link": (lambda t: (t / "l").symlink_to(t / "gone") or t / "l", True, "is no folder"),
-    "a link to itself": (lambda t: (t / "l").symlink_to(t / "l") or t / "l", True, "is no folder"),
-    "a link to a folder": (lambda t: (t / "l").symlink_to(folder_with(t / "d")) or t / "l", True, "is no folder"),
+    "a dangling link": (lambda t: (t / "l").symlink_to(t / "gone") or t / "l", True, "is a symbolic link"),
+    "a link to itself": (lambda t: (t / "l").symlink_to(t / "l") or t / "l", True, "is a symbolic link"),
+    "a link to a folder": (lambda t: (t / "l").symlink_to(folder_with(t / "d")) or t / "l", True, "is a symbolic link"),
     "a checkpoint, not to be replaced": (lambda t: folder_with(t / "d", "config.json"), False, "exists already.*--overwrite"),
     "a folder that is no checkpoint": (lambda t: folder_with(t / "d", "thesis.tex"), True, "--overwrite replaces checkpoints only"),
     "the root": (lambda t: "/", True, "holds no checkpoint"),
@@ -481,3 +485,41 @@ def test_the_plan_says_how_much_is_read_and_written(cut, tmp_path, monkeypatch):
     assert sum(copied) == plan.read_bytes
     assert sum(counts) == plan.write_bytes == sum(path.stat().st_size for path in (tmp_path / "c").iterdir())
     assert plan.download_bytes == 0
+
+
+def test_a_shard_computed_from_other_bytes_is_not_taken_for_finished(make, tmp_path):
+    """The run stops before its small files; the file that a tensor is computed from changes; the same call writes the new bytes."""
+    make(tmp_path / "m")
+    (tmp_path / "m" / "extra.bin").write_bytes(b"old.")
+    parent = open_checkpoint(tmp_path / "m")
+    source = LocalFolder(tmp_path / "m")
+    span = Span(source, "extra.bin", 0, 4)
+    made = replace(parent, tensors={"x": Tensor("U8", (4,), lambda: [span.read()], (span,))})
+
+    def stop(count):
+        if (tmp_path / ".c.downcycle" / "model.safetensors").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(made, tmp_path / "c", progress=stop)
+    (tmp_path / "m" / "extra.bin").write_bytes(b"new.")
+    write(made, tmp_path / "c")
+    assert (tmp_path / "c" / "model.safetensors").read_bytes().endswith(b"new.")
+
+
+def test_a_plan_counts_what_computed_tensors_read(make, tmp_path):
+    make(tmp_path / "m", extra={"embed_tokens_per_layer.weight": Stored("BF16", (5, 8), bytes(80))})
+    child = keep_layers(open_checkpoint(tmp_path / "m"), [0])
+    (computed,) = [tensor for tensor in child.tensors.values() if tensor.inputs]
+    assert computed.nbytes == 20
+    copied = sum(data.length for data in child.files.values() if isinstance(data, Span))
+    assert plan_write(child).read_bytes == child.nbytes - 20 + 80 + copied
+
+
+def test_a_journal_without_its_shard_says_nothing(cut, tmp_path):
+    staging = tmp_path / ".c.downcycle"
+    staging.mkdir()
+    (staging / "plan.sha256").write_text(plan_write(cut).digest)
+    (staging / "model.safetensors.done").write_text("0\n")
+    write(cut, tmp_path / "c")
+    assert not (tmp_path / "c" / "model.safetensors.done").exists()
