@@ -5,8 +5,6 @@
 
 PYTHON ?= python3
 PIP = -m pip install --quiet --disable-pip-version-check
-# One torch for all extras; asked for first, so that nothing pulls another build.
-TORCH = torch==2.13.0
 SOURCES = pyproject.toml constraints.txt
 
 .PHONY: demo test lint bench clean
@@ -34,7 +32,7 @@ clean:
 
 .venv/demo: $(SOURCES)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python $(PIP) $(TORCH)
+	.venv/bin/python $(PIP) --requirement constraints.txt
 	.venv/bin/python $(PIP) --constraint constraints.txt --editable '.[score]'
 	touch $@
 
