@@ -24,17 +24,17 @@ class Own(NamedTuple):
     place: int  # 0 or -1
     has: bool
     why: str
+    mend: str = ""  # "zeros": where it is missing, zeros do what its absence did; "drop": where it is not wanted, nothing uses it
 
 
 OWN = (
     Own("pre_ln.", 0, True, "the first layer norms the embeddings"),  # RWKV
     Own("attn_norm.", 0, False, "the first layer has no norm before attention"),  # ModernBERT decoder
-    Own("mlp.gate.router_states_scale", 0, False, "the first layer has no router states to scale"),  # Zaya
-    Own("attention.dense_bias", -1, True, "the last layer's attention has a bias"),  # GPT-NeoX Japanese
+    Own("mlp.gate.router_states_scale", 0, False, "the first layer has no router states to scale", "drop"),  # Zaya
+    Own("attention.dense_bias", -1, True, "the last layer's attention has a bias", "zeros"),  # GPT-NeoX Japanese
 )
 # Tensors that transformers computes from a layer's number and the depth unless the files hold them, and what stands beside them (MiniMax).
 COMPUTED = {"self_attn.slope_rate": ("self_attn.output_gate.weight", "self_attn.qkv_proj.weight")}
-UNUSED = ("mlp.gate.router_states_scale",)  # where a first layer has them all the same
 PER_LAYER_COLUMNS = ("embed_tokens_per_layer.weight",)  # [vocabulary, layers * size], Gemma 3n and 4
 PER_LAYER_ROWS = ("per_layer_model_projection.weight",)  # [layers * size, hidden]
 # Tensors numbered by layer, but not under it, and the layer that number 0 stands for (Inkling 2).
@@ -110,9 +110,9 @@ def _settle_own(own: Own, parent: Stack, child: Stack) -> None:
     for at, layer in enumerate(child.layers):
         wanted = own.has == (at == own.place % len(child.layers))
         keys = _named(layer, own.name)
-        if wanted and not keys and own.name == "attention.dense_bias":
-            layer.update({key: _zeros(parent.layers[place][key]) for key in there[place]})  # adding nothing is what it did
-        elif not wanted and keys and own.name in UNUSED:
+        if wanted and not keys and own.mend == "zeros":
+            layer.update({key: _zeros(parent.layers[place][key]) for key in there[place]})
+        elif not wanted and keys and own.mend == "drop":
             for key in keys:
                 del layer[key]
         elif wanted != bool(keys):
