@@ -68,9 +68,11 @@ def cut(
     if context.invoked_subcommand:
         _refuse_given(context, context.params, f"belongs to a cut; give {context.invoked_subcommand} its own options, behind it")
         return
+    if src is None and len(sys.argv) > 1:
+        raise typer.BadParameter("give the parent with --src SRC", context)
     if src is None:
         typer.echo(context.get_help())
-        raise typer.Exit(2 if len(sys.argv) > 1 else 0)
+        return
     if (keep is None) == (layers is None):
         raise typer.BadParameter("give either --keep N or --layers LIST", context)
     if layers is not None:

@@ -472,3 +472,9 @@ def test_a_rule_beside_a_list_is_refused(downcycle, model):
     answer = downcycle("--src", model, "--layers", "0-1", "--select", "even")
     assert answer.code == 2
     assert "--select chooses for --keep" in answer.err
+
+
+def test_a_cut_without_a_parent_is_told_what_is_missing(downcycle):
+    answer = downcycle("--keep", "3")
+    assert (answer.code, answer.out) == (2, "")
+    assert "give the parent with --src SRC" in answer.err
