@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +19,7 @@ from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
 from .surgery.verify import verify as verify_folder
 from .surgery.write import check_target, staging_path, target_path, write
+from .terminal import Json, Revision, Src, Trust, format_bytes, layer_map, parse_count, print_json, printable, progress_bar, refuse_given
 
 
 class Commands(typer.core.TyperGroup):
@@ -36,11 +34,6 @@ class Commands(typer.core.TyperGroup):
 
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-Src = Annotated[str, typer.Argument(metavar="SRC", help="Folder, Hub id, or 'demo', the built-in model.")]
-Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub repo.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept models that come with Python code; it is copied, not run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for programs.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -66,7 +59,7 @@ def cut(
     copies 24 of its 32 decoder layers, the embeddings and the head, byte for byte, into a checkpoint that transformers loads.
     """
     if context.invoked_subcommand:
-        _refuse_given(context, context.params, f"belongs to a cut; give {context.invoked_subcommand} its own options, behind it")
+        refuse_given(context, context.params, f"belongs to a cut; give {context.invoked_subcommand} its own options, behind it")
         return
     if src is None and len(sys.argv) > 1:
         raise typer.BadParameter("give the parent with --src SRC", context)
@@ -76,7 +69,7 @@ def cut(
     if (keep is None) == (layers is None):
         raise typer.BadParameter("give either --keep N or --layers LIST", context)
     if layers is not None:
-        _refuse_given(context, ["select"], "chooses for --keep; with --layers you choose")
+        refuse_given(context, ["select"], "chooses for --keep; with --layers you choose")
     if recipe != "none":
         raise DowncycleError(f"--recipe {recipe}: no such preset; there is none yet but 'none'")
     parent = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
@@ -100,7 +93,7 @@ def cut(
         with progress_bar("writing", plan.write_bytes, as_json) as advance, _say_staging(target):
             write(child, target, max_shard_size=size, overwrite=overwrite, progress=advance)
     if as_json:
-        _print_json(summary | {"written": not dry_run})
+        print_json(summary | {"written": not dry_run})
     elif not dry_run:
         typer.echo(target)
 
@@ -110,7 +103,7 @@ def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = Fals
     """Show layers, parameters, bytes and dtypes of a checkpoint, from its headers alone."""
     facts = describe(open_checkpoint(src, revision, trust_remote_code=trust_remote_code))
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     sizes = facts["layer_elements"]
     dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in facts["dtypes"].items())
@@ -125,7 +118,7 @@ def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = Fals
         "files": ", ".join(facts["files"]) or "none beside config and weights",
     }
     for title, text in rows.items():
-        typer.echo(f"{title:<11} {_printable(text)}")
+        typer.echo(f"{title:<11} {printable(text)}")
 
 
 @app.command()
@@ -140,21 +133,12 @@ def verify(
     with progress_bar("comparing", total, as_json) as advance:
         proof = verify_folder(folder, src, trust_remote_code=trust_remote_code, progress=advance)
     if as_json:
-        _print_json({"verified": True, **vars(proof)})
+        print_json({"verified": True, **vars(proof)})
     else:
         typer.echo(
             f"{folder} is layers {format_layers(proof.layers)} of {proof.parent}: "
             f"{proof.tensors} tensors, {format_bytes(proof.bytes)} and {proof.files} files compared, all equal"
         )
-
-
-def _refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
-    """End with a usage error where one of these options stands on the command line."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
-            raise typer.BadParameter(f"{option} {why}", context)
 
 
 def main() -> None:
@@ -173,40 +157,8 @@ def main() -> None:
 
 
 def _fail(text: str, status: int) -> int:
-    print(f"downcycle: {_printable(text)}", file=sys.stderr)
+    print(f"downcycle: {printable(text)}", file=sys.stderr)
     return status
-
-
-def _printable(text: str) -> str:
-    """Put text on one line; spell out what could steer a terminal."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.splitlines()))
-
-
-def parse_count(text: str, option: str) -> int:
-    """Read 24, 5GB or 1B (decimal units; GiB and MiB are binary)."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgtb])(i?)b?)?\s*", text, re.IGNORECASE)
-    if not match or len(text) > 20:
-        raise DowncycleError(f"{option} {text}: not a number; write it like 24, 5GB or 1B")
-    power = {"k": 1, "m": 2, "g": 3, "b": 3, "t": 4}.get((match[2] or "").lower(), 0)
-    count = Decimal(match[1]) * (1024 if match[3] else 1000) ** power
-    if count != int(count):
-        raise DowncycleError(f"{option} {text}: not a whole number")
-    return int(count)
-
-
-def format_bytes(count: float) -> str:
-    """Write bytes in decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def layer_map(depth: int, kept: list[int]) -> str:
-    """Draw kept layers as full and dropped ones as light blocks, in the parent's order; a layer kept n times as the digit n."""
-    full, light = ("█", "░") if "utf" in (sys.stderr.encoding or "").lower() else ("#", ".")
-    return "".join({0: light, 1: full}.get(times := kept.count(layer), str(min(times, 9))) for layer in range(depth))
 
 
 def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan, target: str) -> dict[str, Any]:
@@ -241,21 +193,6 @@ def _print_cut(parent: Checkpoint, kept: list[int], summary: dict[str, Any], dry
 
 
 @contextmanager
-def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show bytes and rate on stderr where that is a terminal; give the function that advances it."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
-
-
-@contextmanager
 def _say_staging(target: str) -> Iterator[None]:
     """Tell a user who interrupts a cut where the finished part is."""
     try:
@@ -264,7 +201,3 @@ def _say_staging(target: str) -> Iterator[None]:
         staging = staging_path(target_path(target))
         kept = f"; what is done stays in {staging}, and the same command goes on from there" if staging.exists() else ""
         raise KeyboardInterrupt(f"interrupted{kept}") from None
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=2))

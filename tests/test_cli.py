@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from downcycle.cli import parse_count
 from downcycle.surgery.sources import LocalFolder
+from downcycle.terminal import parse_count
 
 SMALL = ["chat_template.jinja", "config.json", "downcycle.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 INDEX = "model.safetensors.index.json"

@@ -1,0 +1,81 @@
+"""What commands share: options, counts and sizes as people write them, layer maps, progress on stderr. Knows no command."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from typing import Annotated, Any
+
+import typer
+
+from .surgery.errors import DowncycleError
+
+Src = Annotated[str, typer.Argument(metavar="SRC", help="Folder, Hub id, or 'demo', the built-in model.")]
+Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub repo.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept models that come with Python code; it is copied, not run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for programs.")]
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """End with a usage error where one of these options stands on the command line."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            raise typer.BadParameter(f"{option} {why}", context)
+
+
+def printable(text: str) -> str:
+    """Put text on one line; spell out what could steer a terminal."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in " ".join(text.splitlines()))
+
+
+def parse_count(text: str, option: str) -> int:
+    """Read 24, 5GB or 1B (decimal units; GiB and MiB are binary)."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgtb])(i?)b?)?\s*", text, re.IGNORECASE)
+    if not match or len(text) > 20:
+        raise DowncycleError(f"{option} {text}: not a number; write it like 24, 5GB or 1B")
+    power = {"k": 1, "m": 2, "g": 3, "b": 3, "t": 4}.get((match[2] or "").lower(), 0)
+    count = Decimal(match[1]) * (1024 if match[3] else 1000) ** power
+    if count != int(count):
+        raise DowncycleError(f"{option} {text}: not a whole number")
+    return int(count)
+
+
+def format_bytes(count: float) -> str:
+    """Write bytes in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def layer_map(depth: int, kept: list[int]) -> str:
+    """Draw kept layers as full and dropped ones as light blocks, in the parent's order; a layer kept n times as the digit n."""
+    full, light = ("█", "░") if "utf" in (sys.stderr.encoding or "").lower() else ("#", ".")
+    return "".join({0: light, 1: full}.get(times := kept.count(layer), str(min(times, 9))) for layer in range(depth))
+
+
+@contextmanager
+def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show bytes and rate on stderr where that is a terminal; give the function that advances it."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print a command's answer for programs."""
+    typer.echo(json.dumps(value, indent=2))
