@@ -5,11 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .recipes import commands as recipe_commands
+from .recipes.commands import RECIPE
+from .recipes.memory import format_gib, memory_table, model_size
+from .recipes.presets import PRESETS
+from .recipes.recipe import make_recipe
+from .recipes.recipe_text import recipe_text
 from .surgery.checkpoint import Checkpoint, open_checkpoint
 from .surgery.choose import RULES, choose, format_layers, parse_layers
 from .surgery.describe import describe
@@ -19,7 +26,20 @@ from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
 from .surgery.verify import verify as verify_folder
 from .surgery.write import check_target, staging_path, target_path, write
-from .terminal import Json, Revision, Src, Trust, format_bytes, layer_map, parse_count, print_json, printable, progress_bar, refuse_given
+from .terminal import (
+    Json,
+    Revision,
+    Src,
+    Trust,
+    format_bytes,
+    layer_map,
+    parse_count,
+    print_json,
+    printable,
+    progress_bar,
+    refuse_given,
+    was_given,
+)
 
 
 class Commands(typer.core.TyperGroup):
@@ -45,7 +65,7 @@ def cut(
     select: Annotated[str, typer.Option(metavar="RULE", help=f"How --keep chooses: {', '.join(RULES)}.")] = "first",
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Child folder [default: the parent's name, size replaced].")] = None,
     revision: Revision = None,
-    recipe: Annotated[str, typer.Option(metavar="PRESET|none", help="Training recipe to write beside the child.")] = "none",
+    recipe: Annotated[str, typer.Option(metavar="PRESET|none", help=f"Recipe that heals the child, as {RECIPE} in it.")] = "qlora",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file.")] = "5GB",
     trust_remote_code: Trust = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and read no weight.")] = False,
@@ -70,8 +90,8 @@ def cut(
         raise typer.BadParameter("give either --keep N or --layers LIST", context)
     if layers is not None:
         refuse_given(context, ["select"], "chooses for --keep; with --layers you choose")
-    if recipe != "none":
-        raise DowncycleError(f"--recipe {recipe}: no such preset; there is none yet but 'none'")
+    if recipe not in ("none", *PRESETS):
+        raise DowncycleError(f"--recipe {recipe}: no such preset; choose one of {', '.join(PRESETS)}, or none")
     parent = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
     if layers is None:
         kept = choose(parent.num_layers, parse_count(keep or "", "--keep"), select)
@@ -79,6 +99,8 @@ def cut(
         kept, select = parse_layers(layers, parent.num_layers), "layers"
     child = keep_layers(parent, kept, select)
     target = child_name(parent, child) if out is None else out
+    if recipe != "none":
+        child = _add_recipe(context, child, target, recipe)
     plan = plan_write(child, size := parse_count(max_shard_size, "--max-shard-size"))
     summary = _summary(parent, child, kept, plan, target)
     try:
@@ -101,9 +123,10 @@ def cut(
 @app.command()
 def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
     """Show layers, parameters, bytes and dtypes of a checkpoint, from its headers alone."""
-    facts = describe(open_checkpoint(src, revision, trust_remote_code=trust_remote_code))
+    checkpoint = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
+    facts, memory = describe(checkpoint), memory_table(model_size(checkpoint))
     if as_json:
-        print_json(facts)
+        print_json(facts | {"memory": memory})
         return
     sizes = facts["layer_elements"]
     dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in facts["dtypes"].items())
@@ -115,6 +138,7 @@ def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = Fals
         "parameters": f"{facts['elements']:,}" + (f" (packed by {facts['quantization']})" if facts["quantization"] else ""),
         "size": f"{format_bytes(facts['bytes'])} in {facts['tensors']:,} tensors",
         "dtypes": dtypes,
+        **_memory_rows(memory),
         "files": ", ".join(facts["files"]) or "none beside config and weights",
     }
     for title, text in rows.items():
@@ -139,6 +163,34 @@ def verify(
             f"{folder} is layers {format_layers(proof.layers)} of {proof.parent}: "
             f"{proof.tensors} tensors, {format_bytes(proof.bytes)} and {proof.files} files compared, all equal"
         )
+
+
+app.command()(recipe_commands.recipe)
+
+
+def _memory_rows(memory: dict[str, Any]) -> dict[str, str]:
+    """What running and training take, as lines; nothing where it is not known."""
+    weights = [f"{dtype} {format_gib(count)}" for dtype, count in memory.get("weights", {}).items()]
+    cache = [f"{format_gib(count)} at {tokens:,} tokens" for tokens, count in memory["kv_cache"].items()]
+    training = [f"{method} {format_gib(count)}" for method, count in memory.get("training", {}).items()]
+    rows = {
+        "weights in": ", ".join(weights),
+        "KV cache": ", ".join(cache) and f"bf16, {', '.join(cache)}",
+        "to train": ", ".join(training) and f"{', '.join(training)} (about; 8,192 tokens at once, one GPU, LoRA of rank 128)",
+    }
+    return {title: text for title, text in rows.items() if text}
+
+
+def _add_recipe(context: typer.Context, child: Checkpoint, target: str, preset: str) -> Checkpoint:
+    """Put a recipe into the child; where there can be none, say why, and fail only if the user asked for it."""
+    try:
+        text = recipe_text(make_recipe(child, target, preset), str(Path(target) / RECIPE))
+    except DowncycleError as error:
+        if was_given(context, "recipe"):
+            raise
+        typer.echo(f"no recipe: {printable(str(error))}", err=True)
+        return child
+    return replace(child, files={**child.files, RECIPE: text.encode()})
 
 
 def main() -> None:

@@ -20,11 +20,16 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept models 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for programs.")]
 
 
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
     """End with a usage error where one of these options stands on the command line."""
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if was_given(context, name):
             option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
             raise typer.BadParameter(f"{option} {why}", context)
 

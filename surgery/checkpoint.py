@@ -208,13 +208,13 @@ def _tensors(source: Source) -> tuple[dict[str, Tensor], dict[str, str]]:
     weight_map = _weight_map(source)
     shards = sorted(set(weight_map.values()))
     with ThreadPoolExecutor(source.connections) as pool:
-        headers = dict(zip(shards, pool.map(lambda path: _header(source, path), shards), strict=True))
+        headers = dict(zip(shards, pool.map(lambda path: read_header(source, path), shards), strict=True))
     tensors: dict[str, Tensor] = {}
     for path, (entries, _) in headers.items():
-        for name, entry in entries.items():
+        for name, tensor in entries.items():
             if name in tensors:
                 raise DowncycleError(f"{source.name}: tensor {name[:80]!r} stands in two shards, one of them {path}; fetch it again")
-            tensors[name] = Tensor(entry.dtype, entry.shape, Span(source, path, entry.start, entry.end - entry.start))
+            tensors[name] = tensor
     for name, path in weight_map.items():
         if name and name not in headers[path][0]:
             raise DowncycleError(f"{source.name}/{INDEX}: puts {name[:80]!r} into {path}, which does not hold it; fetch both again")
@@ -223,10 +223,14 @@ def _tensors(source: Source) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, next(iter(headers.values()))[1]
 
 
-def _header(source: Source, path: str) -> tuple[dict, dict[str, str]]:
+def read_header(source: Source, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of one safetensors file, and its metadata; reads the header only."""
     size, where = source.files[path], f"{source.name}/{path}"
     length = header_length(source.read(path, 0, min(LENGTH_BYTES, size)), size, where)
-    return parse_header(source.read(path, LENGTH_BYTES, length), size, where)
+    entries, metadata = parse_header(source.read(path, LENGTH_BYTES, length), size, where)
+    return {
+        name: Tensor(dtype, shape, Span(source, path, start, end - start)) for name, (dtype, shape, start, end) in entries.items()
+    }, metadata
 
 
 def _weight_map(source: Source) -> dict[str, str]:

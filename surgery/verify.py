@@ -1,6 +1,6 @@
 """Prove that the files of a folder hold what a Checkpoint value says, byte for byte.
 
-Reads both sides in pieces; decodes no weight.
+Reads both sides in pieces. A merge is computed again; everything else is compared without decoding a weight.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import DEMO, Checkpoint, Span, Tensor, file_bytes, open_checkpoint
+from .choose import format_layers
 from .errors import DowncycleError
 from .filenames import LINEAGE
 from .layers import keep_layers
 from .sources import Progress
 
+CUT, MERGE = "cut", "merge"
+# What downcycle.json says of each operation, beside its parent; of a cut it does not say that it is one.
+OWN = {CUT: ("layers", "rule"), MERGE: ("adapter", "adapter_revision", "adapter_fingerprint")}
+
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared and found equal."""
+    """What was compared and found equal. what: the checkpoint in words; layers: those of the parent, where it is a cut."""
 
     parent: str
+    what: str
     layers: list[int]
     tensors: int
     files: int
@@ -30,38 +36,78 @@ class Proof:
 
 
 def verify(
-    folder: str | Path, src: str | Path | None = None, *, trust_remote_code: bool = False, progress: Progress = lambda count: None
+    folder: str | Path,
+    src: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda count: None,
 ) -> Proof:
     """Make the checkpoint again, as a value, from its parent and downcycle.json, and compare the folder with it.
 
     Args:
         src: the parent, where it is not where downcycle.json says.
+        adapter: the adapter that was merged, where it is not there.
         progress: called with the number of bytes of each step.
     Raises:
         DowncycleError: anything differs; names the first differences.
     """
     found = open_checkpoint(folder, trust_remote_code=trust_remote_code)
-    expected = rebuild(found, src, trust_remote_code=trust_remote_code)
+    expected = rebuild(found, src, adapter=adapter, trust_remote_code=trust_remote_code)
     faults = list(differences(expected, found, progress))
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise DowncycleError(f"{folder} is not what {LINEAGE} says: {'; '.join(faults[:3])}{more}. Cut it again")
+        again = "Merge" if expected.lineage.get("operation") == MERGE else "Cut"
+        raise DowncycleError(f"{folder} is not what {LINEAGE} says: {'; '.join(faults[:3])}{more}. {again} it again")
     lineage = expected.lineage
-    return Proof(lineage["parent"], lineage["layers"], len(expected.tensors), len(expected.files) + 1, expected.nbytes)
+    layers = list(lineage.get("layers", ()))
+    what = (
+        f"layers {format_layers(layers)} of {lineage['parent']}"
+        if layers
+        else f"{lineage['parent']} with {lineage['adapter']} merged into it"
+    )
+    return Proof(lineage["parent"], what, layers, len(expected.tensors), len(expected.files) + 1, expected.nbytes)
 
 
-def rebuild(made: Checkpoint, src: str | Path | None = None, *, trust_remote_code: bool = False) -> Checkpoint:
+def rebuild(
+    made: Checkpoint, src: str | Path | None = None, *, adapter: str | Path | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
     """Return the value that a checkpoint was written from, by its downcycle.json."""
     if not made.lineage:
         raise DowncycleError(f"{made.name}: holds no {LINEAGE}; only a folder that downcycle wrote can be verified")
-    try:
-        parent_name, revision, layers, fingerprint, rule = (
-            made.lineage[key] for key in ("parent", "revision", "layers", "fingerprint", "rule")
+    return _replay(made.lineage, made.name, src, adapter, trust_remote_code)
+
+
+def _replay(lineage: Any, name: str, src: str | Path | None, adapter: str | Path | None, trust_remote_code: bool) -> Checkpoint:
+    """Do again what one link of the chain says."""
+    operation = lineage.get("operation", CUT) if isinstance(lineage, dict) else None
+    if operation not in OWN:
+        raise DowncycleError(
+            f"{name}/{LINEAGE}: speaks of {str(operation)[:40]!r}, which is not known here; it was changed, or is a newer version's"
         )
+    try:
+        own = [lineage[key] for key in OWN[operation]]
+        parent_name, fingerprint, _ = (lineage[key] for key in ("parent", "fingerprint", "revision"))
     except KeyError as error:
-        raise DowncycleError(f"{made.name}/{LINEAGE}: lacks {error}; it was changed, or is another version's") from error
-    if not isinstance(parent_name, str) or not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise DowncycleError(f"{made.name}/{LINEAGE}: names no parent or no list of layers; it was changed")
+        raise DowncycleError(f"{name}/{LINEAGE}: lacks {error}; it was changed, or is another version's") from error
+    if not isinstance(parent_name, str) or operation == CUT and not _are_layers(own[0]):
+        raise DowncycleError(f"{name}/{LINEAGE}: names no parent or no list of layers; it was changed")
+    try:
+        parent = _open_parent(lineage, name, src, trust_remote_code)
+    except DowncycleError:
+        if not lineage.get("parent_lineage"):
+            raise
+        try:  # where the parent was never written, or is gone, it can be made again as it was made
+            parent = _replay(lineage["parent_lineage"], name, src, None, trust_remote_code)
+        except DowncycleError:
+            parent = None
+        if parent is None or parent.fingerprint != fingerprint:
+            raise
+    return keep_layers(parent, *own) if operation == CUT else _merge_again(parent, name, adapter, *own)
+
+
+def _open_parent(lineage: dict[str, Any], name: str, src: str | Path | None, trust_remote_code: bool) -> Checkpoint:
+    parent_name, revision = lineage["parent"], lineage["revision"]
     where: str | Path = parent_name if revision or parent_name == DEMO else Path(parent_name)  # a folder is never looked for on the Hub
     if src is not None and str(src) != parent_name:
         where, revision = src, None
@@ -70,10 +116,35 @@ def rebuild(made: Checkpoint, src: str | Path | None = None, *, trust_remote_cod
     except DowncycleError as error:
         if src is not None:
             raise
-        raise DowncycleError(f"{error}. If the parent of {made.name} lies elsewhere now, give it with --src") from error
-    if parent.fingerprint != fingerprint:
-        raise DowncycleError(f"{parent.name} is not the parent of {made.name}: config or tensors differ; give the parent with --src")
-    return keep_layers(parent, layers, rule)
+        raise DowncycleError(f"{error}. If the parent of {name} lies elsewhere now, give it with --src") from error
+    if parent.fingerprint != lineage["fingerprint"]:
+        raise DowncycleError(f"{parent.name} is not the parent of {name}: config or tensors differ; give the parent with --src")
+    return parent
+
+
+def _merge_again(
+    parent: Checkpoint, name: str, given: str | Path | None, recorded: Any, revision: str | None, fingerprint: Any
+) -> Checkpoint:
+    from .adapter import merge_adapter
+
+    if not isinstance(recorded, str):
+        raise DowncycleError(f"{name}/{LINEAGE}: names no adapter; it was changed")
+    where: str | Path = recorded if revision else Path(recorded)
+    if given is not None and str(given) != recorded:
+        where, revision = given, None
+    try:
+        made = merge_adapter(parent, where, revision)
+    except DowncycleError as error:
+        if given is not None:
+            raise
+        raise DowncycleError(f"{error}. If the adapter merged into {name} lies elsewhere now, give it with --adapter") from error
+    if made.lineage["adapter_fingerprint"] != fingerprint:
+        raise DowncycleError(f"{where} is not the adapter merged into {name}: config or tensors differ; give that one with --adapter")
+    return made
+
+
+def _are_layers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(layer) is int for layer in value)
 
 
 def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = lambda count: None) -> Iterator[str]:

@@ -54,7 +54,7 @@ def write(
             progress(file_length(data))
         (staging / PLAN).unlink()
         _flush_folders(staging)
-        _publish(staging, out)
+        publish(staging, out)
     return out
 
 
@@ -119,7 +119,7 @@ def _staging_folder(out: Path, plan: Plan) -> Iterator[Path]:
     staging = staging_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(staging, out)
+        lock = lock_folder(staging, out)
     except OSError as error:
         raise DowncycleError(f"--out {out}: {error.strerror}; choose a folder that can be written") from error
     try:
@@ -141,7 +141,7 @@ def _resume(staging: Path) -> str:
     return f"What is done stays in {staging}; the same command goes on from there."
 
 
-def _lock(staging: Path, out: Path) -> int:
+def lock_folder(staging: Path, out: Path) -> int:
     """Create the staging folder and lock it; the lock goes with the process, however it ends."""
     while True:
         with suppress(FileExistsError):
@@ -213,7 +213,7 @@ def _write_file(path: Path, data: Span | bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _publish(staging: Path, out: Path) -> None:
+def publish(staging: Path, out: Path) -> None:
     """Give the finished folder its name. What it replaces is set aside first, and deleted last."""
     aside = out.with_name(f".{out.name}.replaced")
     if out.exists() and any(out.iterdir()):

@@ -174,11 +174,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """Take a body, and answer."""
+        self.body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
     def log_message(self, *given: object) -> None:
         """Say nothing."""
 
     def _hub(self, url: SplitResult) -> Answer:
-        api = re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/([^/]+))?", url.path)
+        api = re.fullmatch(r"/api/(?:models/)?(.+?)(?:/(revision|tree|paths-info)/([^/]+)(/.+)?)?", url.path)
         resolve = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", url.path)
         if not api and not resolve:
             return _error(404, "", "no such route")
@@ -190,7 +195,11 @@ class _Handler(BaseHTTPRequestHandler):
             return _error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if resolve:
             return self._resolve(repo_id, repo, unquote(resolve[3]))
-        return _json(repo.files) if api[2] == "tree" else self._info(repo_id, repo, "blobs" in parse_qs(url.query))
+        if api[2] == "tree":
+            return _json([file for file in repo.files if file["path"].startswith(unquote(api[4] or "/")[1:])])
+        if api[2] == "paths-info":
+            return _json([entry for path in parse_qs(self.body.decode())["paths"] if (entry := _entry(repo, path))])
+        return self._info(repo_id, repo, "blobs" in parse_qs(url.query))
 
     def _info(self, repo_id: str, repo: Repo, blobs: bool) -> Answer:
         siblings = []
@@ -244,6 +253,13 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(self.fault.pause)
             self.asked.sent += len(body[start : start + step])  # first, for the client may look as soon as it has the bytes
             self.wfile.write(body[start : start + step])
+
+
+def _entry(repo: Repo, path: str) -> dict | None:
+    """Describe a file or a folder as the API does, if it is there."""
+    folder = {"type": "directory", "path": path, "oid": repo.commit}
+    inside = any(file["path"].startswith(f"{path}/") for file in repo.files)
+    return next((file for file in repo.files if file["path"] == path), folder if inside else None)
 
 
 def _json(value: object) -> Answer:

@@ -169,7 +169,7 @@ def killing_itself_at_line(number: int, work: Callable[[], object], functions: t
     return traced
 
 
-@pytest.mark.parametrize(("overwrite", "functions"), [(False, ()), (True, ("_claim", "_publish"))], ids=["new", "overwrite"])
+@pytest.mark.parametrize(("overwrite", "functions"), [(False, ()), (True, ("_claim", "publish"))], ids=["new", "overwrite"])
 def test_killed_before_every_line(cut, make, place, overwrite, functions):
     """A clock may miss the instant that matters; here every line of the module that writes is one."""
     target, aside = place / "c", place / ".c.replaced"

@@ -1,0 +1,148 @@
+"""Check an Axolotl YAML file: name every fault, in words a user can act on, all together.
+
+Reads the file, gathers what key_check, conflicts and Axolotl's own validation say, and judges nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..surgery.errors import DowncycleError
+from .conflicts import conflicts
+from .hardware import capabilities
+from .key_check import check_keys, plugins_of
+
+LARGEST_FILE = 1_000_000  # bytes; a recipe has a few thousand
+LARGEST_TREE = 100_000  # values
+OFFLINE = {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+__all__ = ["axolotl_faults", "check_file", "check_keys", "conflicts", "validate"]
+
+
+def check_file(path: Path, gpus: int = 1, arch: str = "sm_80") -> list[str]:
+    """Name every fault of one YAML file for `gpus` GPUs (0: a CPU) of one compute capability; empty where there is none."""
+    capabilities(gpus, arch)
+    config, faults = read_config(path)
+    if config is None:
+        return faults
+    ours = faults + check_keys(config) + conflicts(config, gpus, arch)
+    return list(dict.fromkeys([*ours, *_unsaid(validate([config], gpus, arch)[0], ours)]))
+
+
+def axolotl_faults(path: Path, gpus: int = 1, arch: str = "sm_80") -> list[str]:
+    """What Axolotl's own validation says about a YAML file, for GPUs that need not be there; touches no network. Takes 5-10 s."""
+    config, faults = read_config(path)
+    return faults if config is None else faults + validate([config], gpus, arch)[0]
+
+
+def read_config(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read a YAML file with PyYAML, as Axolotl does; the mapping, or None and why it is none, and its doubled keys."""
+    import yaml
+
+    try:
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            return None, [f"{size:,} bytes; a recipe has a few thousand: is this the right file?"]
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise DowncycleError(f"{path}: {error.strerror or error}; give an Axolotl YAML file") from error
+    except UnicodeDecodeError:
+        return None, ["not UTF-8 text; give an Axolotl YAML file"]
+    try:
+        documents = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        config = yaml.safe_load(text) if len(documents) == 1 else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return None, [f"not YAML: {' '.join(str(error).split())[:300]}"]
+    if len(documents) != 1 or config is None:
+        return None, [
+            f"{len(documents)} YAML documents; Axolotl reads one" if len(documents) > 1 else "empty; an Axolotl config is a YAML mapping"
+        ]
+    if _weight(documents[0], {}, ()) > LARGEST_TREE:
+        return None, [f"its anchors unfold to more than {LARGEST_TREE:,} values or contain themselves; write the values out"]
+    if not isinstance(config, dict):
+        return None, [f"a YAML {type(config).__name__}, not a mapping; write one `key: value` a line"]
+    return config, list(_doubled(documents[0]))
+
+
+def _weight(node: Any, known: dict[int, int], above: tuple[int, ...]) -> int:
+    """How many values a YAML node has once its anchors are unfolded; one that contains itself has too many."""
+    if id(node) in above:
+        return LARGEST_TREE + 1
+    if id(node) not in known:
+        parts = node.value if isinstance(node.value, list) else []
+        inner = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_weight(part, known, (*above, id(node))) for part in inner)
+    return known[id(node)]
+
+
+def _doubled(node: Any, path: str = "") -> Iterable[str]:
+    """Keys that stand twice in one mapping: YAML takes the last and says nothing."""
+    if not isinstance(node.value, list):
+        return
+    seen: dict[str, int] = {}
+    pairs = node.value if node.id == "mapping" else [(None, item) for item in node.value]
+    for number, (key, value) in enumerate(pairs):
+        name = key.value if key is not None and isinstance(key.value, str) else f"[{number}]"
+        if key is not None and name in seen and name != "<<":
+            yield f"{path}{name}: stands twice, in lines {seen[name]} and {key.start_mark.line + 1}; YAML takes the last silently"
+        if key is not None:
+            seen[name] = key.start_mark.line + 1
+        yield from _doubled(value, f"{path.removesuffix('.')}{name}." if key is None else f"{path}{name}.")
+
+
+def validate(configs: list[dict[str, Any]], gpus: int = 1, arch: str = "sm_80") -> list[list[str]]:
+    """What Axolotl's own validation says about each config, in order.
+
+    Configs without plugins share one process; each with plugins has its own, because plugins stay registered.
+    """
+    if find_spec("axolotl") is None:
+        raise DowncycleError("Axolotl is not installed, so its own validation cannot run; try: pip install 'downcycle[train]'")
+    target = capabilities(gpus, arch)
+    plain = [number for number, config in enumerate(configs) if not plugins_of(config)]
+    groups = [plain] * bool(plain) + [[number] for number in range(len(configs)) if number not in plain]
+    answers: dict[int, list[str]] = {}
+    for group in groups:
+        answers |= zip(group, _run([{"config": configs[number], "capabilities": target} for number in group]), strict=True)
+    return [answers[number] for number in range(len(configs))]
+
+
+def _run(jobs: list[dict[str, Any]]) -> list[list[str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        question, answer = Path(folder, "jobs.json"), Path(folder, "answers.json")
+        question.write_text(json.dumps(jobs, default=str), encoding="utf-8")
+        command = [sys.executable, "-m", "downcycle.recipes.axolotl_validate", str(question), str(answer)]
+        done = subprocess.run(command, env=os.environ | OFFLINE, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+        if done.returncode or not answer.exists():
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+            raise DowncycleError(f"Axolotl's own validation did not run: {lines[-1].strip()[:300]}; try: pip install 'downcycle[train]'")
+        found: list[list[str]] = json.loads(answer.read_text(encoding="utf-8"))
+        return found
+
+
+def _unsaid(theirs: list[str], ours: list[str]) -> list[str]:
+    """Axolotl's faults less those about keys that ours name already, and less crashes where ours name a cause."""
+    plain = [fault.split("; did you mean")[0] for fault in ours]
+    paths = {fault.split(": ")[0] for fault in plain}
+    words = {word for fault in plain for word in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", fault)} | paths
+    return [fault for fault in theirs if not (ours and fault.startswith("Axolotl crashes")) and not _said(fault, paths, words)]
+
+
+def _said(fault: str, paths: set[str], words: set[str]) -> bool:
+    place = re.match(r"([\w.\[\]]+): ", fault)
+    if place:
+        return any(path == place[1] or path.startswith((f"{place[1]}.", f"{place[1]}[")) for path in paths)
+    return bool(words & set(re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", fault))) or any(f"`{path}`" in fault for path in paths)

@@ -1,0 +1,125 @@
+"""The commands of this folder: each parses, calls one function and prints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..surgery.checkpoint import open_checkpoint
+from ..surgery.errors import DowncycleError
+from ..terminal import Json, print_json, refuse_given
+from .machine import PARALLEL, Machine
+from .presets import PRESETS
+
+RECIPE = "axolotl.yaml"
+
+Gpus = Annotated[int | None, typer.Option(metavar="N", help="GPUs in each node; 0 is a CPU [default: as the preset was laid out].")]
+Arch = Annotated[str, typer.Option("--gpu-arch", metavar="SM", help="Compute capability of the GPUs: sm_75, sm_80, sm_90, ...")]
+
+
+def recipe(
+    context: typer.Context,
+    src: Annotated[str | None, typer.Argument(metavar="DIR", help="The model to heal: a child's folder, or a Hub id.")] = None,
+    preset: Annotated[str, typer.Option(metavar="NAME", help=f"How to heal: {', '.join(PRESETS)}.")] = "qlora",
+    dataset: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Folder of `downcycle data`, a file, or a Hub id [default: 1B tokens of FineWeb].")
+    ] = None,
+    gpus: Gpus = None,
+    gpu_memory: Annotated[float | None, typer.Option(metavar="GIB", help="Memory of each GPU, as it is sold: 24, 48, 80.")] = None,
+    gpu_arch: Arch = "sm_80",
+    nodes: Annotated[int, typer.Option(metavar="N", help="Machines with that many GPUs each.")] = 1,
+    parallel: Annotated[str, typer.Option(metavar="WAY", help=f"How several GPUs share the work: {', '.join(PARALLEL)}.")] = "auto",
+    ray: Annotated[bool, typer.Option("--ray", help="Launch through a Ray cluster.")] = False,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences in one optimiser step, over all GPUs [default: 64].")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any Axolotl key; null takes it out. May repeat.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help=f"The file to write [default: {RECIPE} in DIR; - is stdout].")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that was changed by hand.")] = False,
+    check: Annotated[Path | None, typer.Option(metavar="FILE", help="Check an Axolotl YAML, written by anyone, and write nothing.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the Axolotl recipe that heals a model, or check one."""
+    if check is not None:
+        refuse_given(
+            context,
+            ["src", "preset", "dataset", "gpu_memory", "nodes", "parallel", "ray", "batch", "sets", "out"],
+            "makes a recipe, --check reads one",
+        )
+        _check(check, 1 if gpus is None else gpus, gpu_arch, as_json)
+        return
+    if src is None:
+        raise typer.BadParameter("give the model's folder, or --check FILE", context)
+    from .recipe import make_recipe
+    from .recipe_text import recipe_text
+
+    model = open_checkpoint(src)
+    layout = PRESETS[preset].gpus if preset in PRESETS and gpus is None else gpus
+    machine = Machine(1 if layout is None else layout, gpu_memory, nodes, gpu_arch)
+    made = make_recipe(
+        model, src, preset, dataset=dataset, machine=machine, parallel=parallel, ray=ray, batch=batch, overrides=parse_settings(sets or [])
+    )
+    if str(out) == "-":
+        typer.echo(recipe_text(made, "FILE"), nl=False)
+        return
+    target = out or Path(src) / RECIPE
+    if out is None and not Path(src).is_dir():
+        raise DowncycleError(f"{src}: not a folder on this machine; say with --out where the recipe goes")
+    _write_recipe(target, recipe_text(made, str(target)), overwrite)
+    if as_json:
+        print_json({"recipe": str(target), "preset": preset, "config": made.config})
+    else:
+        typer.echo(target)
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """Read KEY=VALUE pairs; values are YAML, and 2e-4 is a number as people mean it."""
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise DowncycleError(f"--set {pair}: write KEY=VALUE, like learning_rate=1e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise DowncycleError(f"--set {pair}: the value is no YAML; quote it") from error
+        settings[key.strip()] = _number(value)
+    return settings
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 2e-4, which lacks a dot, for text."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
+
+
+def _check(path: Path, gpus: int, arch: str, as_json: bool) -> None:
+    from .check import check_file
+
+    faults = check_file(path, gpus, arch)
+    if as_json:
+        print_json({"file": str(path), "faults": faults})
+    else:
+        for fault in faults:
+            typer.echo(f"{path}: {fault}", err=True)
+    if faults:
+        raise DowncycleError(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}; mend and check again")
+    if not as_json:
+        typer.echo(f"{path}: no fault found, by Axolotl's own validation for {f'{gpus} x {arch}' if gpus else 'a CPU'} among others")
+
+
+def _write_recipe(path: Path, text: str, overwrite: bool) -> None:
+    """Write a recipe whole or not at all; what a person changed is not replaced unasked."""
+    from .recipe_text import is_untouched
+
+    if path.exists() and not overwrite and not is_untouched(path.read_text(errors="replace")):
+        raise DowncycleError(f"{path}: was changed by hand; give --overwrite to replace it, or --out for another file")
+    if not path.parent.is_dir():
+        raise DowncycleError(f"{path}: no such folder as {path.parent}; make it first")
+    staged = path.with_name(f".{path.name}.downcycle")
+    staged.write_text(text)
+    staged.replace(path)

@@ -1,0 +1,196 @@
+"""The presets: which Axolotl keys a recipe sets, to what, and why. Values only; knows no model, data or machine.
+
+The six share what they agree on; `llama-3-6b` stands alone, as it was published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The value of one key, and the reason that stands beside it in the file."""
+
+    value: Any
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A way to heal: its settings, and what they are worth by default.
+
+    batch: sequences in one step, over all GPUs. micro_batch, gpus: what it was laid out for, where a user names no machine.
+    """
+
+    purpose: str
+    method: str  # full, lora, qlora or tail: how its memory is reckoned
+    settings: Mapping[str, Setting]
+    batch: int = 64
+    micro_batch: int = 2
+    gpus: int = 1
+    dataset: str = "prince-canuma/fineweb-CC-MAIN-2024-10-1B-en"
+    trained_layers: int = 0  # of `tail`: how many of the last layers
+
+
+def _plain(**values: Any) -> dict[str, Setting]:
+    return {key: Setting(value) for key, value in values.items()}
+
+
+SHARED = {
+    "sequence_len": Setting(8192),
+    "sample_packing": Setting(True, "documents share a sequence and do not see each other: no pad token is ever trained on"),
+    "pad_to_sequence_len": Setting(True, "equal shapes: no fragmented memory"),
+    "eval_sample_packing": Setting(False, "a small held-out set does not fill packed batches"),
+    "val_set_size": Setting(0.001),
+    "num_epochs": Setting(1, "new text heals more than the same text again"),
+    "optimizer": Setting("adamw_torch_fused"),
+    "adam_beta2": Setting(0.95, "usual in pretraining; forgets the shock of the cut sooner than 0.999"),
+    "max_grad_norm": Setting(1.0),
+    "lr_scheduler": Setting("cosine"),
+    "warmup_ratio": Setting(0.03, "a share of the run, so that it stays right when the data changes"),
+    "bf16": Setting("auto"),
+    "tf32": Setting(True),
+    "gradient_checkpointing": Setting(True, "recomputes activations: a third more work for a tenth of their memory"),
+    "gradient_checkpointing_kwargs": Setting({"use_reentrant": False}),
+    "attn_implementation": Setting("flash_attention_2", "from the flash-attn package, or the kernels hub where it is not installed"),
+    "plugins": Setting(["axolotl.integrations.liger.LigerPlugin"]),
+    "liger_rope": Setting(True),
+    "liger_rms_norm": Setting(True),
+    "liger_fused_linear_cross_entropy": Setting(True, "never stores the logits: 12 bytes x vocabulary saved for each token"),
+    "evals_per_epoch": Setting(4),
+    "saves_per_epoch": Setting(4),
+    "save_total_limit": Setting(2),
+    "logging_steps": Setting(10),
+    "seed": Setting(42),
+}
+
+ADAPTER = {
+    "lora_r": Setting(128, "a cut must be healed in every matrix; small ranks, which are for style, do not"),
+    "lora_alpha": Setting(16, "with rsLoRA the update is scaled by alpha / sqrt(r) = 1.4"),
+    "peft_use_rslora": Setting(True, "keeps the scale right at high ranks (arXiv 2312.03732)"),
+    "lora_dropout": Setting(0.0, "each text is seen once: nothing to overfit, and the kernels below are fastest without"),
+    "lora_target_linear": Setting(True, "all matrices of the decoder layers"),
+    "lora_mlp_kernel": Setting(True, "Triton kernels for LoRA: less memory and time, same values"),
+    "lora_qkv_kernel": Setting(True),
+    "lora_o_kernel": Setting(True),
+    "learning_rate": Setting(2e-4),
+    "weight_decay": Setting(0.0),
+}
+
+QLORA = {
+    "adapter": Setting("qlora"),
+    "load_in_4bit": Setting(True, "NF4 with double quantisation, as Axolotl does by default"),
+    "optimizer": Setting("paged_adamw_32bit", "moves its state to CPU memory when the GPU's runs out"),
+}
+
+WHOLE = {
+    "liger_glu_activation": Setting(True),
+    "learning_rate": Setting(1e-4, "the peak rate of Minitron's healing (arXiv 2407.14679); halve it if the loss jumps"),
+    "weight_decay": Setting(0.1),
+}
+
+STREAM = {
+    "streaming": Setting(True, "text comes from the Hub while training; nothing is stored"),
+    "val_set_size": Setting(0, "a stream has no end to take a part of; name test_datasets for a held-out loss"),
+    "save_steps": Setting(500),
+}
+WITHOUT_EPOCHS = ("num_epochs", "evals_per_epoch", "saves_per_epoch", "eval_sample_packing")
+
+PUBLISHED = _plain(
+    load_in_4bit=True,
+    adapter="qlora",
+    sequence_len=8192,
+    sample_packing=False,
+    pad_to_sequence_len=False,
+    lora_r=128,
+    lora_alpha=128,
+    lora_dropout=0.05,
+    lora_target_linear=True,
+    num_epochs=2,
+    optimizer="paged_adamw_32bit",
+    lr_scheduler="cosine",
+    learning_rate=2e-4,
+    warmup_steps=100,
+    train_on_inputs=False,
+    group_by_length=False,
+    bf16="auto",
+    tf32=False,
+    gradient_checkpointing=True,
+    evals_per_epoch=4,
+    save_steps=4000,
+    weight_decay=0.0,
+    val_set_size=0.001,
+    seed=42,
+) | {
+    "attn_implementation": Setting("flash_attention_2", "published as flash_attention: true, its old spelling"),
+    "lora_mlp_kernel": Setting(False, "Axolotl now turns these four on unless told; the published run had none"),
+    "lora_qkv_kernel": Setting(False),
+    "lora_o_kernel": Setting(False),
+    "lora_embedding_kernel": Setting(False),
+    "wandb_project": Setting("llama-3-6b"),
+}
+
+PRESETS = {
+    "qlora": Preset("heal with LoRA on NF4 weights: least memory", "qlora", SHARED | ADAPTER | QLORA),
+    "lora": Preset("heal with LoRA on bf16 weights: exact weights beneath, more memory", "lora", SHARED | ADAPTER | _plain(adapter="lora")),
+    "full": Preset("train every weight: heals best, needs most memory", "full", SHARED | WHOLE),
+    "tail": Preset(
+        "train the head and the last layers in full, the rest frozen: cheap, and good after dropping the last layers",
+        "tail",
+        SHARED | WHOLE,
+        trained_layers=3,
+    ),
+    "stream": Preset(
+        "heal with QLoRA on FineWeb as it comes from the Hub",
+        "qlora",
+        {key: setting for key, setting in (SHARED | ADAPTER | QLORA | STREAM).items() if key not in WITHOUT_EPOCHS},
+        dataset="HuggingFaceFW/fineweb:CC-MAIN-2024-10",
+    ),
+    "llama-3-6b": Preset("heal as Llama-3-6B was, value for value", "qlora", PUBLISHED, gpus=4),
+}
+
+# The file's blocks, in order: each key stands in the first that names it, and keys that none names stand in the last.
+BLOCKS = {
+    "model": ("base_model", "tokenizer_config", "trust_remote_code", "special_tokens"),
+    "data": (
+        *("datasets", "pretraining_dataset", "test_datasets", "streaming", "dataset_prepared_path", "sequence_len", "sample_packing"),
+        *("pad_to_sequence_len", "eval_sample_packing", "val_set_size", "train_on_inputs", "group_by_length"),
+    ),
+    "what is trained": (
+        *("adapter", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "peft_use_rslora", "peft_use_dora", "lora_dropout"),
+        *("lora_target_linear", "lora_target_modules", "lora_modules_to_save", "unfrozen_parameters"),
+    ),
+    "batch": ("micro_batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"),
+    "optimisation": (
+        "optimizer",
+        "adam_beta2",
+        "lr_scheduler",
+        "learning_rate",
+        "warmup_ratio",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+    ),
+    "precision, memory and speed": (
+        *("bf16", "fp16", "tf32", "attn_implementation", "gradient_checkpointing", "gradient_checkpointing_kwargs", "plugins"),
+        *("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy"),
+        *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"),
+    ),
+    "machines": ("fsdp_version", "fsdp_config", "deepspeed", "use_ray", "ray_num_workers", "resources_per_worker"),
+    "evaluation, saving, logging": (
+        *(
+            "output_dir",
+            "evals_per_epoch",
+            "eval_steps",
+            "saves_per_epoch",
+            "save_steps",
+            "save_total_limit",
+            "logging_steps",
+            "wandb_project",
+        ),
+        "seed",
+    ),
+}

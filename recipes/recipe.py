@@ -1,0 +1,231 @@
+"""A recipe: the Axolotl YAML that heals one model, on one text, on one machine. Made from a preset, and never without a check.
+
+Makes values and text; writes no file, loads no weight, and needs neither torch nor Axolotl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..surgery.checkpoint import Checkpoint
+from ..surgery.errors import DowncycleError
+from .check import check_keys
+from .conflicts import conflicts
+from .machine import Fit, Machine, check_machine, fit, parallel_settings
+from .memory import ModelSize, model_size
+from .model_keys import pad_token, tail_parameters, unfit_keys
+from .presets import PRESETS, Preset, Setting
+from .text_source import TextSource, find_text
+
+ENOUGH_TOKENS = 1_000_000_000  # what a stream, which has no end, is trained on
+USER = "set by you"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train, on what, how; `recipe_text` in recipe_text.py spells it as YAML."""
+
+    preset: str
+    settings: Mapping[str, Setting]
+    base_model: str
+    size: ModelSize
+    machine: Machine
+    fit: Fit
+    tokens: int | None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keys and values, as Axolotl reads them."""
+        return {key: setting.value for key, setting in self.settings.items()}
+
+
+def make_recipe(
+    model: Checkpoint,
+    base_model: str,
+    preset: str = "qlora",
+    *,
+    dataset: str | TextSource | None = None,
+    machine: Machine | None = None,
+    parallel: str = "auto",
+    ray: bool = False,
+    batch: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Make the recipe that heals a model.
+
+    Args:
+        model: the child, written or not. base_model: the folder or Hub id that the recipe names for it.
+        dataset: folder, file or Hub id (`USER/NAME:CONFIG`), or a source already described [default: the preset's].
+        machine: [default: the GPUs that the preset was laid out for, of unknown memory].
+        parallel: auto, ddp, fsdp2 or zero3. ray: launch through Ray.
+        batch: sequences in one optimiser step, over all GPUs.
+        overrides: keys set by the user, with dots into nested ones; they win over everything, and None takes a key out.
+    Raises:
+        DowncycleError: no such preset or data set, it does not fit the machine, or keys that contradict each other; says why.
+    """
+    if preset not in PRESETS:
+        raise DowncycleError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    try:
+        base_model.encode()
+    except UnicodeEncodeError as error:
+        raise DowncycleError(f"{base_model!r}: a name that is not Unicode cannot stand in YAML; rename the folder") from error
+    chosen = PRESETS[preset]
+    machine = machine or Machine(gpus=chosen.gpus)
+    check_machine(machine, parallel)
+    if not isinstance(dataset, TextSource):
+        dataset = find_text(dataset or chosen.dataset, streaming="streaming" in chosen.settings)
+    settings = dict(chosen.settings) | _model_settings(model, base_model, preset, chosen) | _text_settings(dataset, chosen)
+    settings = _adapt(settings, model, machine)
+    size = model_size(model)
+    if size.packed:
+        raise DowncycleError(f"{base_model}: its weights are quantised already, and cannot be trained; cut and heal the unquantised model")
+    overrides = overrides or {}
+    values = {key: setting.value for key, setting in _override(settings, overrides).items()}
+    _check_values(values)
+    split = fit(size, chosen.method, values, machine, batch=batch or chosen.batch, micro_batch=chosen.micro_batch, parallel=parallel)
+    settings |= _machine_settings(split, values, machine, ray)
+    if "streaming" in settings:
+        steps = ENOUGH_TOKENS // (split.micro_batch * split.accumulation * machine.world * values["sequence_len"])
+        settings["max_steps"] = Setting(max(1, steps), f"{ENOUGH_TOKENS:,} tokens; a stream has no end")
+    settings = _override(settings, overrides)
+    recipe = Recipe(preset, settings, base_model, size, machine, split, dataset.tokens)
+    _check(recipe)
+    return recipe
+
+
+def slug(base_model: str) -> str:
+    """The name of a model's outputs: the last part of its path, in small letters."""
+    return (Path(base_model).name or Path(base_model).resolve().name).lower()
+
+
+def _model_settings(model: Checkpoint, base_model: str, preset: str, chosen: Preset) -> dict[str, Setting]:
+    name = slug(base_model)
+    settings = {
+        "base_model": Setting(base_model),
+        "output_dir": Setting(f"outputs/{name}" if preset != "tail" and chosen.method != "full" else f"outputs/{name}-{preset}"),
+    }
+    if "streaming" not in chosen.settings:
+        settings["dataset_prepared_path"] = Setting(f"outputs/{name}-prepared")
+    if pad := pad_token(model):
+        settings["special_tokens"] = Setting({"pad_token": pad}, "one that the vocabulary has: a new one would grow the embeddings")
+    if chosen.method == "tail":
+        last = min(chosen.trained_layers, model.num_layers)
+        settings["unfrozen_parameters"] = Setting(tail_parameters(model, last), "regular expressions; Axolotl takes a dot for a dot")
+    stated = (model.config.get("text_config") or model.config).get("max_position_embeddings")
+    if isinstance(stated, int) and 0 < stated < chosen.settings["sequence_len"].value:
+        settings["sequence_len"] = Setting(stated, "as long as the model's positions go")
+    return settings
+
+
+def _text_settings(text: TextSource, chosen: Preset) -> dict[str, Setting]:
+    if "streaming" in chosen.settings:
+        return {"pretraining_dataset": Setting([text.train])}
+    settings = {"datasets": Setting([text.train])}
+    if text.test:
+        settings |= {"test_datasets": Setting([text.test], "held out by `downcycle data`"), "val_set_size": Setting(0)}
+    return settings
+
+
+def _adapt(settings: dict[str, Setting], model: Checkpoint, machine: Machine) -> dict[str, Setting]:
+    """Take out what the model's family or the machine has not, and say why."""
+    config = model.config.get("text_config") or model.config
+    for key, reason in unfit_keys(str(config.get("model_type")), settings, machine.gpus, machine.ampere).items():
+        if key.startswith("lora_") and settings[key].value is not False and machine.gpus == 0:
+            settings[key] = Setting(False, reason)
+        elif settings[key].value is not False:
+            del settings[key]
+    if not any(key.startswith("liger_") for key in settings):
+        settings.pop("plugins", None)
+    if machine.ampere:
+        return settings
+    settings.pop("tf32", None)
+    settings["attn_implementation"] = Setting("sdpa", "flash attention 2 needs a GPU of sm_80 or newer")
+    settings["bf16"] = Setting(False)
+    if machine.gpus:
+        return settings | {"fp16": Setting(True, f"{machine.arch} has no bf16")}
+    for key in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
+        if "adapter" in settings:
+            settings[key] = Setting(False, "Triton kernels need a GPU")
+    if "paged" in str(settings["optimizer"].value):
+        settings["optimizer"] = Setting("adamw_torch", "there is no GPU memory to page out of")
+    if settings.get("load_in_4bit"):
+        for key in ("test_datasets", "evals_per_epoch", "eval_sample_packing"):
+            settings.pop(key, None)
+        settings["val_set_size"] = Setting(
+            0, "with NF4, evaluating on a CPU that has AVX512-BF16 ends the training's gradients without a word"
+        )
+    return settings
+
+
+def _machine_settings(split: Fit, values: dict[str, Any], machine: Machine, ray: bool) -> dict[str, Setting]:
+    batch = split.micro_batch * split.accumulation * machine.world
+    settings = {
+        "micro_batch_size": Setting(split.micro_batch),
+        "gradient_accumulation_steps": Setting(split.accumulation, f"x {machine.world} GPUs x micro-batch: {batch} sequences in one step"),
+    }
+    settings |= {key: Setting(value) for key, value in parallel_settings(split.parallel, values).items()}
+    if split.parallel == "fsdp2" and "paged" in str(values["optimizer"]):
+        settings["optimizer"] = Setting("adamw_torch_fused", "its state is sharded already; bitsandbytes' paged one is not made for FSDP2")
+    if ray:
+        if machine.gpus == 0:
+            raise DowncycleError("--ray: needs GPUs; leave it out for a CPU")
+        settings |= {
+            "use_ray": Setting(True),
+            "ray_num_workers": Setting(machine.world),
+            "resources_per_worker": Setting({"GPU": 1}),
+        }
+    return settings
+
+
+def _override(settings: Mapping[str, Setting], overrides: Mapping[str, Any]) -> dict[str, Setting]:
+    changed = dict(settings)
+    for key, value in overrides.items():
+        _set(changed, key, value)
+    return changed
+
+
+def _set(settings: dict[str, Setting], key: str, value: Any) -> None:
+    """Set a key, with dots a nested one (a number for a place in a list); None takes it out."""
+    first, *rest = key.split(".")
+    if not rest:
+        if value is None:
+            settings.pop(first, None)
+        else:
+            settings[first] = Setting(value, USER)
+        return
+    whole = deepcopy(settings[first].value) if first in settings else {}
+    inner = whole
+    for part in rest[:-1]:
+        inner = inner[_place(inner, part, key)] if isinstance(inner, list) else inner.setdefault(part, {})
+    last = _place(inner, rest[-1], key)
+    if value is None:
+        inner.pop(last, None) if isinstance(inner, dict) else inner.pop(last)
+    else:
+        inner[last] = value
+    settings[first] = Setting(whole, USER)
+
+
+def _place(inner: Any, part: str, key: str) -> Any:
+    if isinstance(inner, dict):
+        return part
+    if isinstance(inner, list) and part.isdecimal() and int(part) < len(inner):
+        return int(part)
+    raise DowncycleError(f"--set {key}: there is no {part!r} to set in {str(inner)[:60]!r}")
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    length = values.get("sequence_len")
+    if type(length) is not int or length < 1:
+        raise DowncycleError(f"sequence_len {length!r}: give a number of tokens, like 4096")
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse a recipe with a fault; only keys that the user set can have one."""
+    config = recipe.config
+    faults = check_keys(config) + conflicts(config, recipe.machine.gpus * recipe.machine.nodes, recipe.machine.arch)
+    if faults:
+        raise DowncycleError("; ".join(faults))

@@ -1,0 +1,73 @@
+"""The keys that say where a recipe's text comes from: a folder of `downcycle data`, other files, or a Hub data set.
+
+Looks at names and counts on this machine; reads no text and asks no Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..surgery.errors import DowncycleError
+
+REPORT = "downcycle-data.json"
+FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Text to train on. train, test: entries for Axolotl's lists; test is None where there is no held-out part. tokens: where counted."""
+
+    train: dict[str, Any]
+    test: dict[str, Any] | None = None
+    tokens: int | None = None
+
+
+def find_text(dataset: str, streaming: bool = False) -> TextSource:
+    """Describe a data set for Axolotl: each document is one completion, trained on from its first token to its last.
+
+    Args:
+        dataset: a folder or file on this machine, or a Hub id; `USER/NAME:CONFIG` names a part of one.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        source = _folder(dataset, path)
+    elif path.is_file():
+        source = TextSource({"path": dataset, "ds_type": _kind(path), "split": "train"})
+    else:
+        source = _hub(dataset)
+    if not streaming:
+        text = {"type": "completion"}
+        return TextSource(source.train | text, source.test and source.test | text, source.tokens)
+    return TextSource(source.train | {"type": "pretrain", "text_column": "text"}, None, source.tokens)
+
+
+def _folder(dataset: str, path: Path) -> TextSource:
+    if (path / REPORT).is_file():
+        try:
+            report = json.loads((path / REPORT).read_text())
+            tokens = report["splits"]["train"]["tokens"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DowncycleError(f"{path / REPORT}: not a report of `downcycle data` ({error}); make the data again") from error
+        return TextSource({"path": dataset, "split": "train"}, {"path": dataset, "split": "test"}, tokens)
+    if not any(file.suffix in FILE_KINDS for file in path.rglob("*")):
+        raise DowncycleError(f"--dataset {dataset}: a folder without {', '.join(FILE_KINDS)} files; make one with `downcycle data`")
+    return TextSource({"path": dataset, "split": "train"})
+
+
+def _kind(path: Path) -> str:
+    if path.suffix not in FILE_KINDS:
+        raise DowncycleError(f"--dataset {path}: not a data set; give a folder, a Hub id, or a file that ends in {', '.join(FILE_KINDS)}")
+    return FILE_KINDS[path.suffix]
+
+
+def _hub(dataset: str) -> TextSource:
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?", dataset)
+    if not match:
+        raise DowncycleError(
+            f"--dataset {dataset}: no such folder or file, and not a Hub id (USER/NAME or USER/NAME:CONFIG); check the path"
+        )
+    return TextSource({"path": match[1], **({"name": match[2]} if match[2] else {}), "split": "train"})

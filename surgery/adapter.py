@@ -1,0 +1,160 @@
+"""Merge a trained adapter into the model that it was trained on: every weight becomes W + s BA, rounded once.
+
+Reads headers and, to see that they are finite, the adapter's numbers; the base's weights are read when the result is written. What the
+adapter does not touch is copied byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .adapter_config import AdapterConfig, read_adapter_config
+from .adapter_modules import Merge, Parts
+from .adapter_names import layer_number
+from .checkpoint import Checkpoint, Tensor, find_source, read_header
+from .choose import format_layers
+from .errors import DowncycleError
+from .families import TEXT_SECTIONS
+from .sources import Source
+from .stack import OTHER_TOWERS
+
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+KINDS = (
+    *("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    "token_adapter.trainable_tokens_delta",
+)
+
+
+def merge_adapter(base: Checkpoint, adapter: str | Path, revision: str | None = None) -> Checkpoint:
+    """Return `base` with a LoRA or DoRA adapter of peft merged into it: W + s BA for every W that has one.
+
+    The sums are carried in float32 where the base has 16 bits, in float64 where it has more, and rounded once. Tensors that the adapter
+    holds whole (modules_to_save, biases) take the base's place. The tokenizer stays the base's.
+
+    Args:
+        adapter: a folder with adapter_config.json and adapter_model.safetensors, or a Hub id of such.
+        revision: branch, tag or commit of a Hub repo.
+    Raises:
+        DowncycleError: the adapter is another model's, damaged, not finite, or cannot be merged into plain weights; the base is
+            quantised; torch is missing.
+    """
+    source = find_source(adapter, revision)
+    config = read_adapter_config(source)
+    _check_base(base)
+    stored = _read_tensors(source)
+    parts, saved = _sort(stored, source.name)
+    merge = Merge(base, config, source.name)
+    _check_layers(base, source.name, {*parts, *(name.rpartition(".")[0] for name in saved)}, merge)
+    merge.check_tied(parts, saved)
+    merge.put_saved(saved)
+    for module, its in parts.items():
+        merge.put(module, its)
+    merge.finish()
+    _check_whole(base, config, merge)
+    _check_finite(stored, source.name)
+    return replace(base, tensors=merge.tensors, lineage=_lineage(base, source, config, stored))
+
+
+def _read_tensors(source: Source) -> dict[str, Tensor]:
+    if WEIGHTS not in source.files:
+        if PICKLE in source.files:
+            raise DowncycleError(
+                f'{source.name}: its weights are pickled ({PICKLE}), which can run code when read. Convert them with: python -c "import '
+                f"torch, safetensors.torch as s; s.save_file(torch.load('{PICKLE}', weights_only=True), '{WEIGHTS}')\""
+            )
+        raise DowncycleError(f"{source.name}: holds no {WEIGHTS}; save the adapter again, with peft's save_pretrained")
+    stored, _ = read_header(source, WEIGHTS)
+    if not stored:
+        raise DowncycleError(
+            f"{source.name}/{WEIGHTS}: holds no tensors: nothing was trained, or it was saved on another rank; save it again"
+        )
+    return stored
+
+
+def _sort(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Parts], dict[str, Tensor]]:
+    """Return the parts of each module's adapter, and the tensors that are saved whole, by the names of the model."""
+    parts: defaultdict[str, Parts] = defaultdict(dict)
+    saved: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        name = key.removeprefix(PREFIX).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        kind = next((kind for kind in KINDS if name.endswith(f".{kind}")), "")
+        if name == key or not kind and ("lora_" in name or "." not in name):
+            raise DowncycleError(
+                f"{where}: holds the tensor {key[:100]!r}, which peft gives no such name; save the adapter again with peft"
+            )
+        if kind:
+            parts[name.removesuffix(f".{kind}")][kind] = tensor
+        else:
+            saved[name.replace(".base_layer.", ".")] = tensor
+    return parts, saved
+
+
+def _check_base(base: Checkpoint) -> None:
+    sections = (base.config, *(base.config[name] for name in TEXT_SECTIONS if isinstance(base.config.get(name), dict)))
+    for section in sections:
+        if quantised := section.get("quantization_config"):
+            method = quantised.get("quant_method", "some method") if isinstance(quantised, dict) else "some method"
+            raise DowncycleError(f"{base.name}: quantised ({method}); merge into the unquantised model, and quantise the result")
+
+
+def _check_layers(base: Checkpoint, where: str, modules: set[str], merge: Merge) -> None:
+    """Refuse an adapter with more layers than the base: what it was trained on is another model."""
+    beyond = sorted({layer for module in modules if not merge.has(module) and (layer := layer_number(module) or 0) >= base.num_layers})
+    if beyond:
+        raise DowncycleError(
+            f"{where}: has layers {format_layers(beyond)}, and {base.name} has {base.num_layers} (0-{base.num_layers - 1}); it was trained "
+            "on another model: merge it into that one"
+        )
+
+
+def _check_whole(base: Checkpoint, config: AdapterConfig, merge: Merge) -> None:
+    """Refuse an adapter that lacks modules which its own config targets: it is damaged, or its model has fewer layers."""
+    if merge.names.renamed:
+        return  # patterns speak of the model's names, which are not the files' here
+    lacking = []
+    for name, tensor in base.tensors.items():
+        module = name.removesuffix(".weight")
+        if name in merge.done or module == name or len(tensor.shape) != 2 or ".experts." in module or OTHER_TOWERS.search(module):
+            continue
+        if (layer_number(module) or 0) < base.num_layers and config.targets(module):
+            lacking.append(module)
+    if lacking:
+        layers = sorted({layer for module in lacking if (layer := layer_number(module)) is not None})
+        what = f"layers {format_layers(layers)} of {base.name}" if layers else f"{lacking[0]} of {base.name}"
+        raise DowncycleError(
+            f"{config.where}: target_modules names {lacking[0]}, but the adapter has nothing for it; there are {len(lacking)} such modules "
+            f"in {what}. It was trained on another model, or is damaged"
+        )
+
+
+def _check_finite(stored: Mapping[str, Tensor], where: str) -> None:
+    from .lowrank import FLOATS, is_finite
+
+    for key, tensor in stored.items():
+        if tensor.dtype in FLOATS and not is_finite(tensor):
+            raise DowncycleError(f"{where}: {key} holds numbers that are not finite; the training diverged: merge an earlier checkpoint")
+
+
+def _lineage(base: Checkpoint, source: Source, config: AdapterConfig, stored: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What downcycle.json says: enough to make this checkpoint again."""
+    shapes = sorted((key, tensor.dtype, tensor.shape) for key, tensor in stored.items())
+    lineage = {
+        "downcycle": version("downcycle"),
+        "operation": "merge",
+        "parent": base.name,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+        "adapter": source.name,
+        "adapter_revision": source.revision,
+        "adapter_fingerprint": sha256(json.dumps([config.fields, shapes], sort_keys=True).encode()).hexdigest(),
+        "adapter_base": config.fields.get("base_model_name_or_path"),
+    }
+    return lineage | ({"parent_lineage": base.lineage} if base.lineage else {})

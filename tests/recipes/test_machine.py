@@ -1,0 +1,97 @@
+"""Fitting a batch to GPUs: the total stays as asked, memory fits, and what cannot be split or does not fit is refused with a way out."""
+
+import pytest
+
+from downcycle import DowncycleError
+from downcycle.recipes.configs import LLAMA_3_6B, llama_shape
+from downcycle.recipes.machine import Machine, check_machine, estimate, fit, parallel_settings
+from downcycle.recipes.memory import GIB, model_size, needed_bytes
+
+SIZE = model_size(llama_shape(LLAMA_3_6B))
+QLORA = {
+    "sequence_len": 8192,
+    "lora_r": 128,
+    "optimizer": "paged_adamw_32bit",
+    "gradient_checkpointing": True,
+    "liger_fused_linear_cross_entropy": True,
+}
+FULL = {"sequence_len": 8192, "optimizer": "adamw_torch_fused", "gradient_checkpointing": True, "liger_fused_linear_cross_entropy": True}
+
+
+def split(machine: Machine, method="qlora", settings=QLORA, batch=64, micro_batch=2, parallel="auto"):
+    return fit(SIZE, method, settings, machine, batch=batch, micro_batch=micro_batch, parallel=parallel)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("memory", [None, 16, 24, 48, 80])
+@pytest.mark.parametrize("batch", [16, 64, 48])
+def test_the_total_batch_stays_and_memory_fits(gpus, nodes, memory, batch):
+    machine = Machine(gpus, memory, nodes)
+    settings = QLORA | {"sequence_len": 2048}
+    found = split(machine, settings=settings, batch=batch)
+    assert found.micro_batch * found.accumulation * machine.world == batch
+    if memory:
+        assert needed_bytes(found.training) <= memory * GIB
+        if (
+            found.parallel in ("none", "ddp") and found.accumulation % 2 == 0 and found.micro_batch * 2 <= 16
+        ):  # a greater one would not have fit
+            greater = estimate(SIZE, "qlora", settings, found.micro_batch * 2, machine, found.parallel)
+            assert needed_bytes(greater) > memory * GIB * 0.97
+
+
+def test_sharding_comes_only_where_one_gpu_is_too_small():
+    assert split(Machine(4, 80), "lora").parallel == "ddp"
+    assert split(Machine(8, 80), "full", FULL).parallel == "ddp"
+    assert split(Machine(8, 48), "full", FULL).parallel == "fsdp2"
+    assert split(Machine(1, 80)).parallel == "none"
+    assert split(Machine(8), "full", FULL).parallel == "fsdp2"  # nothing known of the memory: the careful way
+    assert split(Machine(8)).parallel == "ddp"
+    assert split(Machine(8, 80), "full", FULL, parallel="zero3").parallel == "zero3"
+
+
+def test_given_numbers_are_kept():
+    assert split(Machine(4, 80), settings=QLORA | {"micro_batch_size": 1}).micro_batch == 1
+    both = split(Machine(4, 80), settings=QLORA | {"micro_batch_size": 1, "gradient_accumulation_steps": 3})
+    assert (both.micro_batch, both.accumulation) == (1, 3)
+    assert split(Machine(4, 80), settings=QLORA | {"gradient_accumulation_steps": 8}).micro_batch == 2
+
+
+def test_without_memory_the_preset_is_kept_and_a_cpu_needs_no_estimate():
+    found = split(Machine(4))
+    assert (found.micro_batch, found.accumulation) == (2, 8)
+    assert split(Machine(0)).training is None
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: split(Machine(3, 80)), "give --batch 63 or 66"),
+        (lambda: split(Machine(128, 80)), "give --batch 128"),
+        (lambda: split(Machine(1, 24), "full", FULL), "does not fit: full .* which has 24 GiB; try --preset qlora, more --gpus"),
+        (lambda: split(Machine(1, 6)), "does not fit: qlora .* or --set sequence_len"),
+        (lambda: split(Machine(2, 24), "full", FULL, parallel="ddp"), "--parallel fsdp2"),
+        (lambda: split(Machine(1, 80), settings=QLORA | {"micro_batch_size": 5}), "micro_batch_size 5 .* does not divide"),
+        (lambda: split(Machine(1, 80), settings=QLORA | {"micro_batch_size": "2"}), "micro_batch_size 2, .* whole numbers"),
+        (lambda: split(Machine(1, 80), batch=-64), "--batch -64"),
+        (lambda: split(Machine(1, 80), settings=QLORA | {"gradient_accumulation_steps": 0}), "gradient_accumulation_steps"),
+        (lambda: check_machine(Machine(-1), "auto"), "--gpus -1"),
+        (lambda: check_machine(Machine(1, None, 0), "auto"), "--nodes 0"),
+        (lambda: check_machine(Machine(0, None, 2), "auto"), "one CPU only"),
+        (lambda: check_machine(Machine(1, 0.5), "auto"), "--gpu-memory 0.5"),
+        (lambda: check_machine(Machine(1, 48e9), "auto"), "--gpu-memory"),
+        (lambda: check_machine(Machine(1, 48, 1, "a100"), "auto"), "--gpu-arch a100: give a compute capability"),
+        (lambda: check_machine(Machine(4), "fsdp"), "--parallel fsdp: choose one of"),
+        (lambda: check_machine(Machine(1), "fsdp2"), "there is one GPU"),
+    ],
+)
+def test_refusals_name_a_way_out(call, said):
+    with pytest.raises(DowncycleError, match=said):
+        call()
+
+
+def test_fsdp2_loads_quantised_weights_on_every_rank():
+    assert parallel_settings("fsdp2", {"load_in_4bit": True})["fsdp_config"]["cpu_ram_efficient_loading"] is False
+    assert parallel_settings("fsdp2", {})["fsdp_config"]["cpu_ram_efficient_loading"] is True
+    assert parallel_settings("ddp", {}) == parallel_settings("none", {}) == {}
+    assert parallel_settings("zero3", {})["deepspeed"]["zero_optimization"]["stage"] == 3
