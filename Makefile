@@ -1,4 +1,4 @@
-# make demo   cut, verify, load and run the built-in model
+# make demo   cut the built-in model, verify it, let it write a line; then heal it with Axolotl, merge, compare losses
 # make test   all tests: first the core without torch, then everything
 # make lint   ruff and mypy          make bench   the figures of the README
 # Each sets up what it needs in .venv (and .venv-light) from nothing.
@@ -9,11 +9,12 @@ SOURCES = pyproject.toml constraints.txt
 
 .PHONY: demo test lint bench clean
 
-demo: .venv/demo
-	rm -rf build/demo-9L
+demo: .venv/all
+	rm -rf build/demo-9L build/healed
 	.venv/bin/downcycle --src demo --keep 9 --out build/demo-9L
 	.venv/bin/downcycle verify build/demo-9L --src demo
 	.venv/bin/python -W ignore recipes/demo/write_line.py build/demo-9L "The function returns"
+	.venv/bin/downcycle demo --out build/healed
 
 test: .venv-light/test .venv/all
 	.venv-light/bin/python -m pytest -q
@@ -30,13 +31,9 @@ bench: .venv/all .venv-light/test
 clean:
 	rm -rf .venv .venv-light build *.egg-info
 
-.venv/demo: $(SOURCES)
+.venv/all: $(SOURCES)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) --requirement constraints.txt
-	.venv/bin/python $(PIP) --constraint constraints.txt --editable '.[score]'
-	touch $@
-
-.venv/all: .venv/demo
 	.venv/bin/python $(PIP) --constraint constraints.txt --editable '.[all,test,lint]'
 	touch $@
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .eval import commands as eval_commands
 from .recipes import commands as recipe_commands
 from .recipes.commands import RECIPE
 from .recipes.memory import format_gib, memory_table, model_size
@@ -165,7 +166,38 @@ def verify(
         )
 
 
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(metavar="DIR", help="The model that the adapter was trained on: folder or Hub id.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="LoRA or DoRA adapter: folder, such as Axolotl's output_dir, or Hub id.")
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the merged model.")],
+    revision: Revision = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file.")] = "5GB",
+    trust_remote_code: Trust = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its model, exactly: each weight W becomes W + BA, rounded once; all else is copied byte for byte."""
+    from .surgery.adapter import merge_adapter
+
+    model = open_checkpoint(base, revision, trust_remote_code=trust_remote_code)
+    merged = merge_adapter(model, adapter)
+    plan = plan_write(merged, size := parse_count(max_shard_size, "--max-shard-size"))
+    changed = sum(merged.tensors[name] is not tensor for name, tensor in model.tensors.items())
+    with progress_bar("merging", plan.write_bytes, as_json) as advance, _say_staging(out):
+        write(merged, out, max_shard_size=size, overwrite=overwrite, progress=advance)
+    if as_json:
+        print_json({"out": out, "base": model.name, "adapter": adapter, "changed": changed, "tensors": len(merged.tensors)})
+    else:
+        typer.echo(f"{changed} of {len(merged.tensors)} tensors changed, the rest copied", err=True)
+        typer.echo(out)
+
+
 app.command()(recipe_commands.recipe)
+app.command()(recipe_commands.data)
+app.command()(eval_commands.demo)
 
 
 def _memory_rows(memory: dict[str, Any]) -> dict[str, str]:

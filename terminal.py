@@ -81,6 +81,42 @@ def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int]
         yield lambda count: bar.advance(task, count)
 
 
+@contextmanager
+def stage_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Show what is being done and how much of how much; give the function that is told (what, done, total), a total of 0 being unknown.
+
+    Where stderr is no terminal, each new stage is one line, and so is each further tenth.
+    """
+    if quiet:
+        yield lambda what, done, total: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("")
+            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
+    else:
+        said = ("", -1)
+
+        def say(what: str, done: int, total: int) -> None:
+            nonlocal said
+            stage = what.partition(":")[0]
+            if (now := (stage, 10 * done // total if total else 0)) != said:
+                print(f"{what} {done:,}/{total:,}" if total else what, file=sys.stderr, flush=True)
+                said = now
+
+        yield say
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Print a command's answer for programs."""
     typer.echo(json.dumps(value, indent=2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -73,9 +74,32 @@ def _every_fault(model: Any, data: dict[str, Any]) -> Iterator[str]:
     silent = {name: model_validator(mode=mode)(_pass_class if mode == "before" else _pass) for name, mode in modes.items()}
     bare = type("Fields", (model,), silent | {"__module__": __name__})
     made: list[Any] = []
-    yield from _attempt(lambda: made.append(bare(**data)))
+    yield from _make(bare, data, made)
     for name in [name for name in modes if modes[name] == "after"] if made else ():
         yield from _attempt(partial(getattr(model, name), made[0]))
+
+
+def _make(model: Any, data: dict[str, Any], made: list[Any]) -> Iterator[str]:
+    """Name the faults of all fields, and make the config without them, so that the checks of whole configs can run on the rest."""
+    gone: set[str] = set()
+    while not made:
+        try:
+            made.append(model(**data))
+        except Exception as error:  # the checks of some fields raise warnings, which pydantic does not gather
+            yield from (fault for fault in _in_words(error) if fault.split(":")[0] not in gone)
+            named = _named(error) & set(data)
+            if not named:
+                return
+            gone |= named
+            data = {key: value for key, value in data.items() if key not in named}
+
+
+def _named(error: Exception) -> set[str]:
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        return {str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}
+    return set(re.findall(r"`(\w+)`", str(error)))
 
 
 def _pass(self: Any) -> Any:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,8 @@ OFFLINE = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 
+Job = tuple[dict[str, Any], int, str]  # config, GPUs in all, compute capability
+
 __all__ = ["axolotl_faults", "check_file", "check_keys", "conflicts", "validate"]
 
 
@@ -41,13 +44,13 @@ def check_file(path: Path, gpus: int = 1, arch: str = "sm_80") -> list[str]:
     if config is None:
         return faults
     ours = faults + check_keys(config) + conflicts(config, gpus, arch)
-    return list(dict.fromkeys([*ours, *_unsaid(validate([config], gpus, arch)[0], ours)]))
+    return list(dict.fromkeys([*ours, *_unsaid(validate([(config, gpus, arch)])[0], ours)]))
 
 
 def axolotl_faults(path: Path, gpus: int = 1, arch: str = "sm_80") -> list[str]:
     """What Axolotl's own validation says about a YAML file, for GPUs that need not be there; touches no network. Takes 5-10 s."""
     config, faults = read_config(path)
-    return faults if config is None else faults + validate([config], gpus, arch)[0]
+    return faults if config is None else faults + validate([(config, gpus, arch)])[0]
 
 
 def read_config(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -104,26 +107,27 @@ def _doubled(node: Any, path: str = "") -> Iterable[str]:
         yield from _doubled(value, f"{path.removesuffix('.')}{name}." if key is None else f"{path}{name}.")
 
 
-def validate(configs: list[dict[str, Any]], gpus: int = 1, arch: str = "sm_80") -> list[list[str]]:
-    """What Axolotl's own validation says about each config, in order.
+def validate(jobs: list[Job]) -> list[list[str]]:
+    """What Axolotl's own validation says about each (config, GPUs, arch), in order.
 
-    Configs without plugins share one process; each with plugins has its own, because plugins stay registered.
+    Configs with the same plugins share a process; other plugins have another, because plugins stay registered.
     """
     if find_spec("axolotl") is None:
         raise DowncycleError("Axolotl is not installed, so its own validation cannot run; try: pip install 'downcycle[train]'")
-    target = capabilities(gpus, arch)
-    plain = [number for number, config in enumerate(configs) if not plugins_of(config)]
-    groups = [plain] * bool(plain) + [[number] for number in range(len(configs)) if number not in plain]
+    groups: defaultdict[str, list[int]] = defaultdict(list)
+    for number, (config, _, _) in enumerate(jobs):
+        groups[repr(plugins_of(config))].append(number)
     answers: dict[int, list[str]] = {}
-    for group in groups:
-        answers |= zip(group, _run([{"config": configs[number], "capabilities": target} for number in group]), strict=True)
-    return [answers[number] for number in range(len(configs))]
+    for group in groups.values():
+        asked = [{"config": config, "capabilities": capabilities(gpus, arch)} for config, gpus, arch in (jobs[number] for number in group)]
+        answers |= zip(group, _run(asked), strict=True)
+    return [answers[number] for number in range(len(jobs))]
 
 
-def _run(jobs: list[dict[str, Any]]) -> list[list[str]]:
+def _run(asked: list[dict[str, Any]]) -> list[list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder, "jobs.json"), Path(folder, "answers.json")
-        question.write_text(json.dumps(jobs, default=str), encoding="utf-8")
+        question.write_text(json.dumps(asked, default=str), encoding="utf-8")
         command = [sys.executable, "-m", "downcycle.recipes.axolotl_validate", str(question), str(answer)]
         done = subprocess.run(command, env=os.environ | OFFLINE, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
         if done.returncode or not answer.exists():

@@ -10,11 +10,12 @@ import typer
 
 from ..surgery.checkpoint import open_checkpoint
 from ..surgery.errors import DowncycleError
-from ..terminal import Json, print_json, refuse_given
+from ..terminal import Json, parse_count, print_json, refuse_given, stage_bar
 from .machine import PARALLEL, Machine
 from .presets import PRESETS
 
 RECIPE = "axolotl.yaml"
+FINEWEB, LLAMA = "HuggingFaceFW/fineweb", "meta-llama/Meta-Llama-3-8B"
 
 Gpus = Annotated[int | None, typer.Option(metavar="N", help="GPUs in each node; 0 is a CPU [default: as the preset was laid out].")]
 Arch = Annotated[str, typer.Option("--gpu-arch", metavar="SM", help="Compute capability of the GPUs: sm_75, sm_80, sm_90, ...")]
@@ -73,6 +74,47 @@ def recipe(
         print_json({"recipe": str(target), "preset": preset, "config": made.config})
     else:
         typer.echo(target)
+
+
+def data(
+    out: Annotated[str, typer.Option(metavar="DIR", help="The folder to write: parquet files, a card and a report.")],
+    tokens: Annotated[str, typer.Option(metavar="N", help="Training tokens, like 1B, by the tokenizer's count.")],
+    src: Annotated[str, typer.Option(metavar="SRC", help="Folder of parquet files in FineWeb's schema, or a Hub data set.")] = FINEWEB,
+    name: Annotated[str | None, typer.Option(metavar="PART", help="A dump (CC-MAIN-2024-10) or a sample (sample-10BT).")] = None,
+    tokenizer: Annotated[str, typer.Option(metavar="MODEL", help="Whose tokenizer counts: the child's folder, or a Hub id.")] = LLAMA,
+    language: Annotated[str | None, typer.Option(metavar="CODE", help="Only documents in this language, like en.")] = None,
+    min_language_score: Annotated[float | None, typer.Option(metavar="P", help="Only documents whose language is as sure as this.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(metavar="N", help="Only documents of at least so many tokens (token_count).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Only documents of at most so many tokens (token_count).")] = None,
+    held_out: Annotated[float, typer.Option(metavar="SHARE", help="Share of the documents held out, on top of --tokens.")] = 0.001,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes at once [default: the cores of this machine].")] = None,
+    executor: Annotated[str, typer.Option(metavar="WHERE", help="local, slurm or ray: datatrove's executors.")] = "local",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that downcycle made.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take a slice of FineWeb with an exact number of tokens, to train on and to hold out."""
+    from .dataset import Request, make_dataset
+
+    count = parse_count(tokens, "--tokens")
+    filters = {"language": language, "min_language_score": min_language_score, "min_tokens": min_tokens, "max_tokens": max_tokens}
+    request = Request(count, src, name, tokenizer, held_out=held_out, **filters)  # type: ignore[arg-type]
+    with stage_bar(as_json) as say:
+        report = make_dataset(
+            out,
+            request,
+            workers=workers,
+            executor=executor,
+            overwrite=overwrite,
+            progress=lambda documents, found: say(f"tokens: {documents:,} documents", min(found, count), count),
+        )
+    if as_json:
+        print_json(report)
+        return
+    for split, held in report["splits"].items():
+        typer.echo(f"{split:<5}  {held['tokens']:>15,} tokens  {held['documents']:>11,} documents", err=True)
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items() if count)
+    typer.echo(f"left out: {dropped or 'none'}", err=True)
+    typer.echo(out)
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:

@@ -33,7 +33,9 @@ LLAMA_3_6B: dict[str, Any] = {
 }
 RESERVED = "<|reserved_special_token_0|>"
 
-DEMO_TEXT = TextSource({"path": "downcycle-demo/data", "split": "train", "type": "completion"})  # `downcycle demo` puts it there
+# `downcycle demo` puts both there.
+DEMO_CHILD = "downcycle-demo/child"
+DEMO_TEXT = TextSource({"path": "downcycle-demo/healing.jsonl", "ds_type": "json", "split": "train", "type": "completion"})
 CPU = {"dataset": DEMO_TEXT, "batch": 4, "overrides": {"sequence_len": 512, "gradient_checkpointing": False}}
 
 # What each file is made with: preset, machine, and what else is asked.
@@ -58,7 +60,7 @@ FILES: dict[str, tuple[str, Machine, dict[str, Any]]] = {
 def config_texts() -> dict[str, str]:
     """Return every file of axolotl_configs by its name in that folder."""
     demo = open_checkpoint(DEMO)
-    models = {"llama-3-6b": (llama_shape(LLAMA_3_6B), "Llama-3-6B"), "demo": (keep_layers(demo, first(demo.num_layers, 9)), "demo-9L")}
+    models = {"llama-3-6b": (llama_shape(LLAMA_3_6B), "Llama-3-6B"), "demo": (keep_layers(demo, first(demo.num_layers, 9)), DEMO_CHILD)}
     texts = {}
     for name, (preset, machine, options) in FILES.items():
         model, base_model = models[name.split("/")[0]]

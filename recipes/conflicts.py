@@ -144,7 +144,7 @@ def _adapter_keys(config: Config) -> Iterator[str]:
 
 def _quantisation(config: Config) -> Iterator[str]:
     adapter, four, eight = config.get("adapter"), config.get("load_in_4bit"), config.get("load_in_8bit")
-    if adapter == "qlora" and not four:
+    if adapter == "qlora" and not four and not eight:
         yield "load_in_4bit: adapter: qlora needs load_in_4bit: true"
     if adapter == "qlora" and eight:
         yield "load_in_8bit: not with adapter: qlora; write load_in_4bit: true, or adapter: lora"

@@ -26,24 +26,25 @@ def card(title: str, report: dict[str, Any]) -> str:
 def _metadata(report: dict[str, Any]) -> str:
     from huggingface_hub import DatasetCardData
 
-    documents, arguments = report["documents"], report["arguments"]
+    splits, arguments = report["splits"], report["arguments"]
     licence = next((licence for owner, licence in LICENCES.items() if report["revision"] and arguments["src"].startswith(owner)), None)
-    splits = [{"split": split, "path": f"data/{split}-*"} for split, count in documents.items() if count]
+    files = [{"split": split, "path": f"data/{split}-*"} for split, held in splits.items() if held["documents"]]
+    documents = sum(held["documents"] for held in splits.values())
     return DatasetCardData(
         language=arguments["language"],
         license=licence,
         source_datasets=[arguments["src"].partition("@")[0]] if report["revision"] else None,
-        size_categories=next((name for limit, name in SIZES if sum(documents.values()) < limit), "n>100M"),
+        size_categories=next((name for limit, name in SIZES if documents < limit), "n>100M"),
         task_categories=["text-generation"],
-        configs=[{"config_name": "default", "data_files": splits}],
+        configs=[{"config_name": "default", "data_files": files}],
     ).to_yaml()
 
 
 def _text(title: str, report: dict[str, Any]) -> str:
-    arguments, tokens, documents = report["arguments"], report["tokens"], report["documents"]
+    arguments, splits = report["arguments"], report["splits"]
     part = f", part `{arguments['name']}`" if arguments["name"] else ""
     revision = f" at revision `{report['revision']}`" if report["revision"] else ""
-    rows = "\n".join(f"| {split} | {documents[split]:,} | {tokens[split]:,} |" for split in tokens)
+    rows = "\n".join(f"| {split} | {held['documents']:,} | {held['tokens']:,} |" for split, held in splits.items())
     dropped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items())
     owner = arguments["src"].partition("@")[0] if report["revision"] else Path(arguments["src"]).name  # no paths of this machine
     credit = (
@@ -55,13 +56,13 @@ def _text(title: str, report: dict[str, Any]) -> str:
     use = "\n".join(
         f"{key}:\n  - path: FOLDER-OR-ID-OF-THIS-DATASET\n    type: completion\n    split: {split}"
         for key, split in (("datasets", "train"), ("test_datasets", "test"))
-        if documents[split]
+        if splits[split]["documents"]
     )
     held = f"A document is in `test` if the hash of its text says so (a share of {arguments['held_out']:g}, and the first text of all),"
     held = f"{held} so no text is in both splits." if arguments["held_out"] else "None is held out."
     return f"""# {title}
 
-{tokens["train"]:,} training tokens of `{owner}`{part}{revision}, for continued pretraining.
+{splits["train"]["tokens"]:,} training tokens of `{owner}`{part}{revision}, for continued pretraining.
 
 | split | documents | tokens |
 |-|-|-|

@@ -137,6 +137,7 @@ def _wait(started: list[subprocess.Popen[str]], kind: str, watch: Watch, work: P
 
 def _answer(process: subprocess.Popen[str], work: Path) -> str:
     """Read what a worker that has ended said, or raise its fault."""
+    _kill_group(process)  # what it started may have outlived it, and would hold its stdout open
     text = process.stdout.read() if process.stdout else ""
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
@@ -163,10 +164,14 @@ def _wait_for_job(job: str, todo: set[int], work: Path, watch: Watch) -> None:
         time.sleep(POLL["slurm"])
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a worker and all it started; nothing that was finished is lost."""
+def _kill_group(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a worker and all it started; nothing that was finished is lost."""
+    _kill_group(process)
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe:

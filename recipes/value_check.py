@@ -134,7 +134,9 @@ def _fits(value: Any, kind: str) -> bool:
     if kind == "number":
         return isinstance(value, int | float) or _reads(float, value)
     if kind == "integer":
-        return value is not True and ((isinstance(value, int | float) and value == value // 1) or _reads(int, re.sub(r"\.0+$", "", str(value))))
+        return value is not True and (
+            (isinstance(value, int | float) and value == value // 1) or _reads(int, re.sub(r"\.0+$", "", str(value)))
+        )
     if kind == "boolean":
         return isinstance(value, bool) or value in (0, 1) or (isinstance(value, str) and value.lower() in TRUTH)
     kinds: dict[str, type] = {"string": str, "array": list, "object": dict, "null": type(None)}
@@ -177,7 +179,9 @@ def _texts_for_numbers(value: Any, path: str) -> Iterator[str]:
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _texts_for_numbers(inner, f"{path}.{key}" if isinstance(value, dict) else f"{path}[{key}]")
     elif isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        yield f"{path}: YAML reads {value} as text, and nothing makes a number of it; write {float(value)!r}".replace("e-", ".0e-", 1)
+        meant = float(value)
+        spelt = repr(meant) if "." in repr(meant) else repr(meant).replace("e", ".0e")
+        yield f"{path}: YAML reads {value} as text, and nothing makes a number of it; write {int(meant) if meant % 1 == 0 else spelt}"
 
 
 def _list_faults(value: list[Any], schema: dict[str, Any], path: str) -> list[str]:

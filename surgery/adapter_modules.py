@@ -22,6 +22,7 @@ TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter")
 TOKENS = "token_adapter.trainable_tokens_delta"
 PAIR, EMBEDDING_PAIR = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 INNER = ".base_layer"  # how peft names the inner one of two adapters on parameters of one module
+ABSENT = "no module of {} is called so, or several are; the adapter was trained on another model"
 GROW = "give the base as many first, with its resize_token_embeddings() and the adapter's tokenizer, and merge into that"
 
 Parts = dict[str, Tensor]  # by kind: "lora_A.weight", ...
@@ -105,7 +106,7 @@ class Merge:
         for container, nested in self._nested.items():
             names = [name for name in EXPERT_PARTS if self.config.targets_parameter(f"{container}.{name}")]
             if len(names) != len(nested):
-                self._refuse(container, f"no module of {self.base.name} is called so; the adapter was trained on another model")
+                self._refuse(container, ABSENT.format(self.base.name))
             for name, (_, parts) in zip(names, sorted(nested, key=lambda item: -item[0]), strict=True):
                 self._put_experts(f"{container}.{name}", container, name, *(parts[kind] for kind in PAIR))
 
@@ -128,6 +129,8 @@ class Merge:
 
     def _put_experts(self, key: str, container: str, parameter: str, a: Tensor, b: Tensor) -> None:
         found, listed = self.names.find(key), self.names.find_experts(container, parameter)
+        if not found and not listed:
+            self._refuse(key, f"{self.base.name} stores its experts in a way that is not known here; merge with peft's merge_and_unload()")
         experts = self._weight(found).shape[0] if found else len(listed)
         scale = self._scale(key, a, b, experts)
         if found:
@@ -149,7 +152,7 @@ class Merge:
     def _put_tokens(self, module: str, rows: Tensor) -> None:
         found, indices = self.names.find(f"{module}.weight"), self.config.token_indices(module)
         if not found:
-            self._refuse(module, f"no module of {self.base.name} is called so; the adapter was trained on another model")
+            self._refuse(module, ABSENT.format(self.base.name))
         base = self._weight(found)
         self._check_shape(f"{module}.{TOKENS}", rows.shape, (len(indices), *base.shape[1:]))
         if indices and max(indices) >= base.shape[0]:

@@ -3,17 +3,16 @@
 Knows tensors and where their bytes are; no configs, no names of modules.
 
 Sums are carried in float32 for 16-bit weights and in float64 for wider ones, and rounded once, to nearest even, to the weight's dtype.
-Blocks are computed by several threads of one processor each: that is as fast as one computation on all of them, and does not slow down
-where others use the machine too.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .checkpoint import Span, Tensor
 from .errors import DowncycleError
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK = 1 << 19  # elements computed at a time: what a processor's cache holds
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch says so of bytes; nothing here writes into them
 RUN = 128  # terms that are summed before the sum is added to W: BLAS libraries agree on the order within so many
 
 Reader = Callable[[Tensor], "torch.Tensor"]
@@ -52,13 +52,6 @@ class Update:
         """The byte ranges that it reads."""
         return tuple(span for tensor in (self.a, self.b, self.magnitude) if tensor for span in spans(tensor))
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether W of this shape can be updated."""
-        if len(shape) != 2:
-            return False
-        out, into = reversed(shape) if self.transposed else shape
-        return self.a.shape[1] == into and self.first + out <= self.b.shape[0]
-
 
 def spans(tensor: Tensor) -> tuple[Span, ...]:
     """Return the byte ranges that a tensor copies or is computed from."""
@@ -73,24 +66,22 @@ def merged(weight: Tensor, update: Update, read: Reader, name: str) -> Tensor:
         read: loads a factor.
         name: for errors.
     """
+    import torch
+
+    threads = torch.get_num_threads()
+    check = weight.dtype == "F16" or update.magnitude is not None  # a sum of finite numbers stays so in the range of the other dtypes
 
     def chunks() -> Iterator[bytes]:
-        import torch
-
-        left, right = _factors(weight, update, read)
-        magnitude = None if update.magnitude is None else read(update.magnitude).double()
-        norms = _column_norms(weight, left, right) if update.transposed and magnitude is not None else None
-
-        def block(row: int, values: torch.Tensor) -> bytes:
-            total = _sum(values, left[row : row + len(values)], right)
-            if magnitude is not None and norms is not None:
-                total *= (magnitude / norms).to(total.dtype)
-            elif magnitude is not None:
-                own = magnitude[row : row + len(values)] / torch.linalg.vector_norm(total, dim=1, dtype=torch.float64)
-                total *= own.to(total.dtype)[:, None]
-            return _round(total, weight.dtype, name)
-
-        yield from _each_block(weight, left.dtype, block)
+        with _one_thread(threads):
+            magnitude = None if update.magnitude is None else read(update.magnitude).double()
+            norms = _column_norms(weight, update, read) if update.transposed and magnitude is not None else None
+            for row, total in _sums(weight, update, read):
+                if magnitude is not None and norms is not None:
+                    total *= (magnitude / norms).to(total.dtype)
+                elif magnitude is not None:
+                    factor = magnitude[row : row + len(total)] / torch.linalg.vector_norm(total, dim=1, dtype=torch.float64)
+                    total *= factor.to(total.dtype)[:, None]
+                yield _round(total, weight.dtype, name, check)
 
     return Tensor(weight.dtype, weight.shape, chunks, (*spans(weight), *update.inputs))
 
@@ -149,15 +140,17 @@ def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number of a tensor is finite; reads it in pieces."""
-    return all(bool(piece.isfinite().all()) for piece in _pieces(tensor))
+    import torch
+
+    with _one_thread(torch.get_num_threads()):
+        return all(_is_finite(piece) for piece in _pieces(tensor))
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
     """Load a tensor."""
     import torch
 
-    data = bytearray().join(tensor.chunks())
-    return torch.frombuffer(data, dtype=getattr(torch, FLOATS[tensor.dtype])).reshape(tensor.shape)
+    return torch.frombuffer(b"".join(tensor.chunks()), dtype=getattr(torch, FLOATS[tensor.dtype])).reshape(tensor.shape)
 
 
 def _pieces(tensor: Tensor) -> Iterator[torch.Tensor]:
@@ -165,49 +158,52 @@ def _pieces(tensor: Tensor) -> Iterator[torch.Tensor]:
     import torch
 
     for chunk in tensor.chunks():
-        yield torch.frombuffer(bytearray(chunk), dtype=getattr(torch, FLOATS[tensor.dtype]))
+        yield torch.frombuffer(chunk, dtype=getattr(torch, FLOATS[tensor.dtype]))
 
 
-def _factors(weight: Tensor, update: Update, read: Reader) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return left [rows, rank] and right [rank, columns], whose product is what W gains as it is stored."""
+def _sums(weight: Tensor, update: Update, read: Reader) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield blocks of rows of W + s BA, each with its first row's number: left [rows, rank] @ right [rank, columns] is added to W's."""
     import torch
 
     sums = torch.float32 if DTYPE_BITS[weight.dtype] == 16 else torch.float64
     rank, outs = update.a.shape[0] // update.experts, weight.shape[1 if update.transposed else 0]
-    a = read(update.a)[update.expert * rank : (update.expert + 1) * rank].to(sums)
+    a = read(update.a)[update.expert * rank : (update.expert + 1) * rank]
     b = read(update.b)[update.first : update.first + outs].reshape(outs, rank, update.experts)[:, :, update.expert]
-    b = (b.double() * update.scale).to(sums)
-    return (a.T.contiguous(), b.T.contiguous()) if update.transposed else (b.contiguous(), a.contiguous())
+    left, right = (a.T, b.T) if update.transposed else (b, a)
+    right = right.to(sums).contiguous()
+    for row, block in _blocks(weight):
+        total = to_torch(block).to(sums, copy=True)
+        scaled = (left[row : row + len(total)].double() * update.scale).to(sums)
+        for start in range(0, rank, RUN):
+            total.addmm_(scaled[:, start : start + RUN], right[start : start + RUN])
+        yield row, total
 
 
-def _sum(values: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Add left [rows, rank] @ right [rank, columns] to values, in place."""
-    for start in range(0, left.shape[1], RUN):
-        values.addmm_(left[:, start : start + RUN], right[start : start + RUN])
-    return values
-
-
-def _column_norms(weight: Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the norm of each column of W + left @ right [columns]: no row can be rescaled before all have been seen."""
+def _column_norms(weight: Tensor, update: Update, read: Reader) -> torch.Tensor:
+    """Return the norm of each column of W + s BA [columns]: all rows must be seen before one can be rescaled."""
     import torch
 
-    def squares(row: int, values: torch.Tensor) -> torch.Tensor:
-        return _sum(values, left[row : row + len(values)], right).double().square_().sum(0)
-
-    return sum(_each_block(weight, left.dtype, squares), torch.zeros(weight.shape[1], dtype=torch.float64)).sqrt()
+    return sum((total.double().square_().sum(0) for _, total in _sums(weight, update, read)), torch.zeros(())).sqrt()
 
 
-def _round(values: torch.Tensor, dtype: str, name: str) -> bytes:
+def _round(values: torch.Tensor, dtype: str, name: str, check: bool = True) -> bytes:
     """Round to nearest, ties to even, and return the bytes; refuse what is not finite then."""
     import torch
 
     if values.dtype == torch.float64 and DTYPE_BITS[dtype] == 16:
         values = _to_odd(values)
     rounded = values.to(getattr(torch, FLOATS[dtype]))
-    total = rounded.sum(dtype=torch.float64 if dtype == "F64" else torch.float32)
-    if not total.isfinite() and not rounded.isfinite().all():  # one sum is faster than looking at every number
+    if check and not _is_finite(rounded):
         raise DowncycleError(f"{name}: not all of its merged numbers are finite in {dtype}; the base or the adapter is broken")
     return rounded.view(torch.uint8).numpy().tobytes()
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    """Whether all numbers are finite: their sum tells it faster than a look at each, unless it is too large."""
+    import torch
+
+    total = values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32).item()
+    return math.isfinite(total) or bool(values.isfinite().all())
 
 
 def _to_odd(values: torch.Tensor) -> torch.Tensor:
@@ -231,49 +227,26 @@ def _cut_out(tensor: Tensor, start: int, length: int) -> Callable[[], Iterable[b
     return lambda: [b"".join(tensor.chunks())[start : start + length]]
 
 
-def _each_block(weight: Tensor, sums: torch.dtype, work: Callable[[int, torch.Tensor], Any]) -> Iterator[Any]:
-    """Yield, in order, what `work` makes of each block of rows, given its first row's number and its numbers in the dtype of sums."""
-    import torch
-
-    span = weight.data
-    remote = isinstance(span, Span) and not span.source.local_path(span.path)
-    size = CHUNK // (DTYPE_BITS[weight.dtype] // 8) if remote else BLOCK
-    threads = span.source.connections if remote and isinstance(span, Span) else torch.get_num_threads()
-
-    def compute(block: tuple[int, Tensor]) -> Any:
-        return work(block[0], to_torch(block[1]).to(sums))
-
-    blocks = list(_blocks(weight, max(16, size // max(weight.shape[1], 1))))
-    yield from map(compute, blocks) if min(threads, len(blocks)) < 2 else _in_threads(compute, blocks, threads)
-
-
-def _blocks(weight: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
+def _blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield blocks of rows with their first rows' numbers; what is itself computed is one block, held in memory."""
     span = weight.data
     if not isinstance(span, Span):
         yield 0, weight
         return
-    size = span.length // max(weight.shape[0], 1)
-    for row in range(0, weight.shape[0], rows):
-        count = min(rows, weight.shape[0] - row)
-        part = replace(span, start=span.start + row * size, length=count * size)
-        yield row, Tensor(weight.dtype, (count, weight.shape[1]), part)
+    height, width = weight.shape
+    rows = max(16, (BLOCK if span.source.local_path(span.path) else CHUNK // 2) // max(width, 1))  # fewer requests of what is not here
+    for row in range(0, height, rows):
+        count, size = min(rows, height - row), span.length // height
+        yield row, Tensor(weight.dtype, (count, width), replace(span, start=span.start + row * size, length=count * size))
 
 
-def _in_threads(work: Callable[[Any], Any], items: list[Any], threads: int) -> Iterator[Any]:
-    """Yield work(item) in order, computed ahead by threads of which each uses one processor."""
+@contextmanager
+def _one_thread(before: int) -> Iterator[None]:
+    """Let torch use one processor in this thread: the writer computes a tensor on each, and torch's threads would wait for each other."""
     import torch
 
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    pending: deque[Future[Any]] = deque()
+    torch.set_num_threads(1)
     try:
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield
     finally:
-        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)  # what a thread sets, threads begun later take for their own

@@ -97,7 +97,7 @@ class LocalFolder:
                 copied = _copy_some(file.fileno(), start, length, into, offset)
                 if not copied:
                     raise self._ended(path, start + length)
-                _start_flush(into, offset, copied)
+                start_flush(into, offset, copied)
                 progress(copied)
                 start, offset, length = start + copied, offset + copied, length - copied
 
@@ -124,7 +124,7 @@ def _copy_some(source: int, start: int, length: int, into: int, offset: int) -> 
     return os.pwrite(into, os.pread(source, min(length, CHUNK), start), offset)
 
 
-def _start_flush(file: int, start: int, length: int) -> None:
+def start_flush(file: int, start: int, length: int) -> None:
     """Let the disk begin on these bytes while the next ones are copied; else the fsync at the end waits for all of them."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, length, os.POSIX_FADV_DONTNEED)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +93,17 @@ def _replay(lineage: Any, name: str, src: str | Path | None, adapter: str | Path
         raise DowncycleError(f"{name}/{LINEAGE}: lacks {error}; it was changed, or is another version's") from error
     if not isinstance(parent_name, str) or operation == CUT and not _are_layers(own[0]):
         raise DowncycleError(f"{name}/{LINEAGE}: names no parent or no list of layers; it was changed")
+    parent, fault, before = None, None, lineage.get("parent_lineage")
     try:
         parent = _open_parent(lineage, name, src, trust_remote_code)
-    except DowncycleError:
-        if not lineage.get("parent_lineage"):
-            raise
-        try:  # where the parent was never written, or is gone, it can be made again as it was made
-            parent = _replay(lineage["parent_lineage"], name, src, None, trust_remote_code)
-        except DowncycleError:
-            parent = None
-        if parent is None or parent.fingerprint != fingerprint:
-            raise
+    except DowncycleError as error:
+        fault = error
+    if before and (parent is None or parent.lineage != before):  # it was never written, or is gone: it can be made as it was made
+        with suppress(DowncycleError):
+            made = _replay(before, name, src, None, trust_remote_code)
+            parent = replace(made, name=parent_name) if made.fingerprint == fingerprint else parent
+    if parent is None:
+        raise fault or AssertionError
     return keep_layers(parent, *own) if operation == CUT else _merge_again(parent, name, adapter, *own)
 
 

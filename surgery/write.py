@@ -132,7 +132,7 @@ def _staging_folder(out: Path, plan: Plan) -> Iterator[Path]:
         if not any(staging.glob("*.safetensors*")):
             shutil.rmtree(staging)
             raise
-        raise DowncycleError(f"{error} {_resume(staging)}") from error
+        raise DowncycleError(f"{str(error).removesuffix('.')}. {_resume(staging)}") from error
     finally:
         os.close(lock)
 
@@ -195,9 +195,8 @@ def _write_shard(shard: Shard, staging: Path, progress: Progress) -> None:
         _reserve(file.fileno(), shard.size)
         write_at(file.fileno(), shard.header, 0)
         progress(len(shard.header))
-        for offset, tensor in shard.placed():
-            if not isinstance(tensor.data, Span):
-                write_computed(file.fileno(), tensor, offset, progress)
+        computed = [(offset, tensor) for offset, tensor in shard.placed() if not isinstance(tensor.data, Span)]
+        write_computed(computed, file.fileno(), progress)
         copy_all(list(shard.copies()), file.fileno(), journal, done, progress)
         os.fsync(file.fileno())
     journal.unlink(missing_ok=True)

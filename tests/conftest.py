@@ -3,7 +3,9 @@
 Needs no torch, and takes none of its answers from the package.
 """
 
+import fcntl
 import json
+import os
 import random
 import re
 import struct
@@ -136,6 +138,25 @@ def list_tree(folder: Path) -> dict[str, object]:
         else:
             found[str(path)] = "folder" if path.is_dir() else (path.stat().st_size, path.stat().st_mtime_ns)
     return found
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Fill a folder once for all workers of a parallel run: the first does it, the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def run(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        folder.mkdir(exist_ok=True)
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / f"{name}.done").exists():
+                fill(folder)
+                (shared / f"{name}.done").touch()
+        return folder
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {path for path in tracked("*.py") if not path.startswith("tests/")}
-    data = tracked("axolotl_configs/*", "recipes/demo/*")
+    data = tracked("axolotl_configs/*", "recipes/axolotl_keys.json", "recipes/demo/*")
     assert found == {f"downcycle/{path}" for path in sources | data}
 
 

@@ -1,4 +1,4 @@
-"""Measure how fast `downcycle data` counts and writes, beside the tokenizer alone on the same text. Prints a table, asserts nothing.
+"""Measure how fast `downcycle data` counts and writes, beside the tokenizer alone on the same text in as many processes. Asserts nothing.
 
     python tests/benchmarks/data.py                          30 MB of text, about 3 minutes, 200 MB of free disk
     python tests/benchmarks/data.py --megabytes 200 --tokenizer FOLDER
@@ -14,6 +14,7 @@ import random
 import resource
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from downcycle.recipes.dataset_tokenizer import open_tokenizer
 
 HEALING = Path(dataset_source.__file__).parent / "demo" / "healing.txt"
 ROWS_PER_FILE = 4000
+TOKENIZERS: list[Tokenizer] = []  # where forked processes find it
 
 
 def write_source(folder: Path, size: int) -> list[str]:
@@ -70,12 +72,20 @@ def processor_seconds() -> float:
     return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> Rate:
+def encode(texts: list[str]) -> Rate:
     """Encode all texts in batches of 1000 on one thread."""
     start, used, tokens = time.perf_counter(), processor_seconds(), 0
+    tokenizer = TOKENIZERS[0]
     for first in range(0, len(texts), 1000):
         tokens += sum(len(encoding) for encoding in tokenizer.encode_batch(texts[first : first + 1000]))
     return Rate(tokens / (time.perf_counter() - start), tokens / (processor_seconds() - used))
+
+
+def encode_together(texts: list[str], processes: int) -> Rate:
+    """Encode the texts in several processes at once, each its share."""
+    with get_context("fork").Pool(processes) as pool:
+        rates = pool.map(encode, [texts[i::processes] for i in range(processes)], chunksize=1)
+    return Rate(*(sum(rate[i] for rate in rates) / processes for i in (0, 1)))
 
 
 def build(folder: Path, source: Path, tokenizer: str, tokens: int, workers: int) -> tuple[Rate, Rate]:
@@ -85,7 +95,7 @@ def build(folder: Path, source: Path, tokenizer: str, tokens: int, workers: int)
     request = Request(tokens, str(source), tokenizer=tokenizer, language="en")
     out = folder / f"out-{time.monotonic_ns()}"
     made = make_dataset(out, request, workers=workers, progress=lambda _, done: seen.append((time.perf_counter(), done)))
-    total = made["tokens"]["train"]
+    total = made["splits"]["train"]["tokens"]
     whole = Rate(total / (time.perf_counter() - start) / workers, total / (processor_seconds() - used))
     begun = next(i for i, (_, done) in enumerate(seen) if done)
     ended = next(i for i, (_, done) in enumerate(seen) if done == seen[-1][1])
@@ -103,6 +113,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     loaded = open_tokenizer(options.tokenizer)
     tokenizer = Tokenizer.from_str(loaded.json)
+    TOKENIZERS.append(tokenizer)
     results: dict[str, list[Rate]] = {}
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "source"
@@ -110,16 +121,17 @@ def main() -> None:
         texts = write_source(source, options.megabytes * 10**6)
         tokens = int(0.97 * sum(len(encoding) for encoding in tokenizer.encode_batch(texts)))
         for _ in range(options.rounds):
-            results.setdefault("tokenizer alone, encode_batch", []).append(encode(tokenizer, texts))
             for workers in (1, 2):
+                results.setdefault(f"encode_batch alone, {workers} at once", []).append(encode_together(texts, workers))
                 tasks, whole = build(Path(name), source, options.tokenizer, tokens, workers)
                 title = f"downcycle data, {workers} worker{'s' * (workers > 1)}"
                 results.setdefault(f"{title}: tasks", []).append(tasks)
                 results.setdefault(f"{title}: whole call", []).append(whole)
-    base = results["tokenizer alone, encode_batch"]
     print(f"{len(texts):,} documents, {tokens:,} tokens, tokenizer of {loaded.vocabulary:,}. Medians over {options.rounds} rounds")
     print(f"{'tokens per second':<40} {'and worker (range)':>31} {'ratio':>6} {'of processor':>13} {'ratio':>6}")
+    base: list[Rate] = []
     for title, rates in results.items():
+        base = results[title] if title.startswith("encode") else base
         wall, cpu = ([rate[i] for rate in rates] for i in (0, 1))
         ratios = [median(rate[i] / alone[i] for rate, alone in zip(rates, base, strict=True)) for i in (0, 1)]
         spread = f"{median(wall):,.0f} ({min(wall):,.0f}-{max(wall):,.0f})"
