@@ -119,6 +119,7 @@ def draw_losses(result: DemoResult) -> None:
     """Draw the training's loss over its steps, with the held-out losses of parent, cut and healed model as lines, into the PNG it names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -127,12 +128,13 @@ def draw_losses(result: DemoResult) -> None:
     last = result.curve[-1][0]
     lines = {
         f"cut to {result.layers[1]} layers": (result.cut_loss, "tab:red"),
-        f"healed: {result.recovered:.0%} won back": (result.healed_loss, "tab:green"),
+        f"healed, {result.recovered:.0%} won back": (result.healed_loss, "tab:green"),
         f"parent, {result.layers[0]} layers": (result.parent_loss, "tab:blue"),
     }
     for label, (loss, colour) in lines.items():
         axes.axhline(loss, color=colour, linestyle="--", linewidth=1.5)
         axes.annotate(f"{label}: {loss:.2f}", (last, loss), xytext=(0, 4), textcoords="offset points", ha="right", color=colour)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title="Healing a cut model: loss on held-out text (dashed) and while training", xlabel="optimiser step", ylabel="nats per token")
     axes.set_ylim(min(result.parent_loss, *(loss for _, loss in result.curve)) - 0.3, None)
     axes.margins(x=0.01)

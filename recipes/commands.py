@@ -93,7 +93,7 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Take a slice of FineWeb with an exact number of tokens, to train on and to hold out."""
-    from .dataset import Request, make_dataset
+    from .dataset.make import Request, make_dataset
 
     count = parse_count(tokens, "--tokens")
     filters = {"language": language, "min_language_score": min_language_score, "min_tokens": min_tokens, "max_tokens": max_tokens}
@@ -140,7 +140,7 @@ def _number(value: Any) -> Any:
 
 
 def _check(path: Path, gpus: int, arch: str, as_json: bool) -> None:
-    from .check import check_file
+    from .validation.check import check_file
 
     faults = check_file(path, gpus, arch)
     if as_json:

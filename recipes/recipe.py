@@ -13,13 +13,13 @@ from typing import Any
 
 from ..surgery.checkpoint import Checkpoint
 from ..surgery.errors import DowncycleError
-from .check import check_keys
-from .conflicts import conflicts
 from .machine import Fit, Machine, check_machine, fit, parallel_settings
 from .memory import ModelSize, model_size
 from .model_keys import pad_token, tail_parameters, unfit_keys
 from .presets import PRESETS, Preset, Setting
 from .text_source import TextSource, find_text
+from .validation.check import check_keys
+from .validation.conflicts import conflicts
 
 ENOUGH_TOKENS = 1_000_000_000  # what a stream, which has no end, is trained on
 USER = "set by you"

@@ -142,8 +142,9 @@ def _advance(now: Step, text: str, stages: dict[str, str]) -> Step:
     step, steps, loss = now.step, now.steps, now.loss
     if stage == "training":
         text = text.rpartition("Starting trainer")[2]
-        if bars := re.findall(r"(\d+)/(\d+) \[", text):
-            step, steps = map(int, bars[-1])
+        for done, total in re.findall(r"(?:^|[\r\n]) *\d+%\|[^|]*\| *(\d+)/(\d+) \[", text):
+            if steps in (0, int(total)):  # the first bar is the training's; those of evaluations count to other numbers
+                step, steps = max(step, int(done)), int(total)
         if found := re.findall(r"'loss': '?([0-9.]+|nan|inf)", text):
             loss = float(found[-1])
     return Step(stage, step, steps, loss)

@@ -82,7 +82,7 @@ def rebuild(
 def _replay(lineage: Any, name: str, src: str | Path | None, adapter: str | Path | None, trust_remote_code: bool) -> Checkpoint:
     """Do again what one link of the chain says."""
     operation = lineage.get("operation", CUT) if isinstance(lineage, dict) else None
-    if operation not in OWN:
+    if not isinstance(operation, str) or operation not in OWN:
         raise DowncycleError(
             f"{name}/{LINEAGE}: speaks of {str(operation)[:40]!r}, which is not known here; it was changed, or is a newer version's"
         )

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import pytest
 from safetensors import deserialize
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of several workers share the cores: those that wait must not spin
+
 HALF_BYTES = {"F64": 16, "F32": 8, "BF16": 4, "F16": 4, "F8_E4M3": 2, "I8": 2, "U8": 2, "F4": 1}
 SMALL_FILES = {
     "generation_config.json": b'{"temperature": 0.6}\n',

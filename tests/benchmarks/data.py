@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from downcycle.recipes import dataset_source
-from downcycle.recipes.dataset import Request, make_dataset
-from downcycle.recipes.dataset_tokenizer import open_tokenizer
+from downcycle.recipes.dataset.make import Request, make_dataset
+from downcycle.recipes.dataset.tokenizer import open_tokenizer
+from downcycle.surgery.checkpoint import DEMO_FOLDER
 
-HEALING = Path(dataset_source.__file__).parent / "demo" / "healing.txt"
+HEALING = DEMO_FOLDER.parent / "healing.txt"
 ROWS_PER_FILE = 4000
 TOKENIZERS: list[Tokenizer] = []  # where forked processes find it
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import yaml
 
-from downcycle.recipes.check import check_keys, conflicts, validate
 from downcycle.recipes.configs import FILES, FOLDER, LLAMA_3_6B, config_texts, llama_shape, write_configs
 from downcycle.recipes.machine import Machine
 from downcycle.recipes.presets import PRESETS
 from downcycle.recipes.recipe import make_recipe
 from downcycle.recipes.recipe_text import is_untouched
+from downcycle.recipes.validation.check import check_keys, conflicts, validate
 
 
 def test_the_files_are_what_is_made_today(tmp_path):

@@ -78,11 +78,12 @@ def test_tail_moves_the_named_parameters_and_no_byte_of_another(tail, read_back)
 @TRAINS
 def test_tail_lowers_the_held_out_loss(tail):
     torch = pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
     from downcycle import load_model
     from downcycle.recipes.demo.corpus import read_text
     from downcycle.recipes.demo.pretrain import mean_loss, token_stream, windows_of
     from downcycle.surgery.checkpoint import DEMO_FOLDER
-    from transformers import AutoTokenizer
 
     stream = token_stream(AutoTokenizer.from_pretrained(tail / "child"), read_text(DEMO_FOLDER.parent / "held_out.txt"))
     windows = windows_of(stream, 256)[::8]

@@ -378,8 +378,12 @@ def test_experts_stored_in_a_way_of_their_own(tmp_path):
 
 
 def test_the_result_is_not_written_over_its_inputs(base, adapter):
-    for out in (adapter, adapter / "merged"):
-        with pytest.raises(DowncycleError, match="the source"):
+    for out, says in (
+        (adapter, "holds no checkpoint"),
+        (adapter / "merged", "lies in the source"),
+        (adapter.parent, "holds no checkpoint"),
+    ):
+        with pytest.raises(DowncycleError, match=says):
             write(merge_adapter(base, adapter), out, overwrite=True)
 
 

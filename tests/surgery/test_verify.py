@@ -146,6 +146,10 @@ LINEAGES = {
     "a parent that is a list": ({"parent": []}, "names no parent"),
     "a layer that is not there": ({"layers": [10**30]}, "does not exist"),
     "no layers": ({"layers": []}, "no layers"),
+    "an operation of the future": ({"operation": "fold"}, "speaks of 'fold', which is not known here"),
+    "an operation that is a list": ({"operation": ["merge"]}, "which is not known here"),
+    "a merge without an adapter": ({"operation": "merge"}, "lacks 'adapter'"),
+    "a parent's lineage that is text": ({"parent_lineage": "x", "fingerprint": ""}, "is not the parent"),
     "another fingerprint": ({"fingerprint": 5}, "is not the parent"),
     "a revision of a folder": ({"revision": "main"}, "only a Hub repo has revisions"),
 }
@@ -157,7 +161,7 @@ def test_a_lineage_that_cannot_be(child, lineage, says):
     whole = json.loads(path.read_text())
     path.unlink()
     if lineage is not None:
-        path.write_text(json.dumps(whole | lineage if lineage and len(lineage) == 1 else lineage))
+        path.write_text(json.dumps(lineage if "rule" in lineage or not lineage else whole | lineage))
     with pytest.raises(DowncycleError, match=says) as refusal:
         verify(child)
     assert "\n" not in str(refusal.value)

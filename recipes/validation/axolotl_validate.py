@@ -1,6 +1,6 @@
 """Axolotl's own validation of configs, for a GPU that need not be there; runs as a process of its own.
 
-`python -m downcycle.recipes.axolotl_validate JOBS ANSWERS` reads a JSON list of {config, capabilities} and writes a JSON list of
+`python -m downcycle.recipes.validation.axolotl_validate JOBS ANSWERS` reads a JSON list of {config, capabilities} and writes a JSON list of
 lists of faults. Own process, because Axolotl prints on stdout and its plugins stay registered. Loads no model and no dataset.
 """
 

@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..surgery.errors import DowncycleError
-from .dataset_worker import is_full
+from ...surgery.errors import DowncycleError
+from .worker import is_full
 
 EXECUTORS = ("local", "slurm", "ray")
 POLL = {"local": 0.1, "slurm": 5.0, "ray": 1.0}  # seconds
@@ -111,7 +111,7 @@ def _start(executor: Any, work: Path, number: int) -> subprocess.Popen[str]:
 
     path = work / f"executor-{number}.pickle"
     path.write_bytes(dill.dumps(executor))
-    command = [sys.executable, "-m", f"{__package__}.dataset_worker", str(path)]
+    command = [sys.executable, "-m", f"{__package__}.worker", str(path)]
     with open(work / "log.txt", "a") as log:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=_environment()

@@ -12,9 +12,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..surgery.checkpoint import find_source
-from ..surgery.errors import DowncycleError
-from ..surgery.filenames import CONFIG, SMALL_FILES
+from ...surgery.checkpoint import find_source
+from ...surgery.errors import DowncycleError
+from ...surgery.filenames import CONFIG, SMALL_FILES
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from downcycle.recipes import axolotl_schema
-from downcycle.recipes.check import axolotl_faults, check_file, check_keys, conflicts, read_config, validate
-from downcycle.recipes.hardware import capabilities
+from downcycle.recipes.validation import axolotl_schema
+from downcycle.recipes.validation.check import axolotl_faults, check_file, check_keys, conflicts, read_config, validate
+from downcycle.recipes.validation.hardware import capabilities
 from downcycle.surgery.errors import DowncycleError
 
 from good_configs import BASE, FSDP, GOOD, LORA, NO_DATA, QLORA, STREAM, WITH_PLUGINS, good
@@ -213,7 +213,7 @@ def test_the_check_of_keys_takes_milliseconds_and_loads_neither_torch_nor_axolot
     import subprocess
     import sys
 
-    code = "import sys, json; from downcycle.recipes.check import check_keys, conflicts; c = json.loads(sys.argv[1]);"
+    code = "import sys, json; from downcycle.recipes.validation.check import check_keys, conflicts; c = json.loads(sys.argv[1]);"
     code += "check_keys(c), conflicts(c); sys.exit(any(name in sys.modules for name in ('torch', 'axolotl', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code, json.dumps(GOOD["published"][0])]).returncode == 0
     start = time.process_time()
@@ -275,7 +275,7 @@ def test_what_axolotl_would_find_out_about_a_machine():
 
 
 def test_without_axolotl_its_own_validation_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("downcycle.recipes.check.find_spec", lambda name: None)
+    monkeypatch.setattr("downcycle.recipes.validation.check.find_spec", lambda name: None)
     (tmp_path / "a.yaml").write_text("base_model: m\n")
     with pytest.raises(DowncycleError, match=r"pip install 'downcycle\[train\]'"):
         axolotl_faults(tmp_path / "a.yaml")

@@ -1,6 +1,6 @@
 """Take a slice of FineWeb, or of any text dataset in its schema, with an exact number of training tokens, as local parquet files.
 
-Reading, filtering, counting and writing are steps of a datatrove pipeline (dataset_steps), run by its executors (dataset_work). This module
+Reading, filtering, counting and writing are steps of a datatrove pipeline (steps.py), run by its executors (work.py). This module
 decides which tasks are needed and joins what they wrote. It knows nothing of models.
 """
 
@@ -18,15 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..surgery.errors import DowncycleError
-from ..surgery.write import lock_folder, publish, staging_path, target_path
-from .dataset_card import card, versions
-from .dataset_rounds import Rounds, Watcher, clear
-from .dataset_shards import N_TOKENS, threshold, write_splits
-from .dataset_source import PIECE_ROWS, Filters, Piece, TextSource, check_columns, cut_pieces, find_text, read_schema
-from .dataset_tokenizer import TextTokenizer, open_tokenizer
-from .dataset_work import check_executor, finished, run_tasks
-from .dataset_worker import is_full
+from ...surgery.errors import DowncycleError
+from ...surgery.write import lock_folder, publish, staging_path, target_path
+from .card import card, versions
+from .rounds import Rounds, Watcher, clear
+from .shards import N_TOKENS, threshold, write_splits
+from .source import PIECE_ROWS, Filters, ParquetSource, Piece, check_columns, cut_pieces, find_parquet, read_schema
+from .tokenizer import TextTokenizer, open_tokenizer
+from .work import check_executor, finished, run_tasks
+from .worker import is_full
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,7 +71,7 @@ def make_dataset(
     ends with the training document that reaches `tokens`, so tokens <= train total < tokens + that document. Files depend on nothing
     else: not on workers, on the order in which tasks end, or on how often the work was stopped.
 
-    A document counts as Axolotl's `type: completion` trains on it (dataset_steps). Axolotl itself cuts documents after 64 sequences
+    A document counts as Axolotl's `type: completion` trains on it (steps.py). Axolotl itself cuts documents after 64 sequences
     and drops a last piece of a single token: with a short `sequence_len` it trains on a little less.
 
     Run and tested: local workers. Tested with stand-ins for sbatch, srun and squeue that run the jobs on one machine: slurm. ray is
@@ -90,7 +90,7 @@ def make_dataset(
     check_executor(executor)
     target = target_path(out)
     _check_target(target, overwrite)
-    source = find_text(request.src, request.name)
+    source = find_parquet(request.src, request.name)
     _check_apart(target, source)
     columns, _ = read_schema(source, source.files[0])
     check_columns(source.path(source.files[0]), columns, _needed_columns(request))
@@ -155,14 +155,14 @@ def _check_target(target: Path, overwrite: bool) -> None:
             raise DowncycleError(f"--out {target}: exists and holds no dataset; --overwrite replaces datasets only")
 
 
-def _check_apart(target: Path, source: TextSource) -> None:
+def _check_apart(target: Path, source: ParquetSource) -> None:
     if source.revision is None:
         there, here = Path(os.path.realpath(source.url)), Path(os.path.realpath(target))
         if here == there or here in there.parents or there in here.parents:
             raise DowncycleError(f"--out {target}: lies in the source, or holds it; choose a folder beside it")
 
 
-def _digest(request: Request, source: TextSource, columns: pa.Schema, tokenizer: TextTokenizer) -> str:
+def _digest(request: Request, source: ParquetSource, columns: pa.Schema, tokenizer: TextTokenizer) -> str:
     """Name the work that a staging folder holds: all that the tasks depend on."""
     filters = asdict(_filters(request))
     facts = [source.url, source.files, source.identity, filters, str(columns), tokenizer.fingerprint, versions(), PIECE_ROWS]
@@ -204,7 +204,7 @@ def _filters(request: Request) -> Filters:
 
 def _work(
     request: Request,
-    source: TextSource,
+    source: ParquetSource,
     columns: pa.Schema,
     end: int,
     staging: Path,
@@ -214,7 +214,7 @@ def _work(
     watch: Callable[[], bool],
 ) -> None:
     """Have the pieces that are not done worked at."""
-    from .dataset_steps import make_pipeline
+    from .steps import make_pipeline
 
     tokenizer, held_out = (str(staging / TOKENIZER), end), threshold(request.held_out)
     pipeline = make_pipeline(source.url, pieces, columns, _filters(request), tokenizer, staging, request.tokens, held_out)
@@ -230,7 +230,7 @@ def _too_little(request: Request, rounds: Rounds, count: int) -> str:
 
 def _write_whole(
     request: Request,
-    source: TextSource,
+    source: ParquetSource,
     columns: pa.Schema,
     tokenizer: TextTokenizer,
     rounds: Rounds,

@@ -1,4 +1,4 @@
-"""Run a pickled datatrove executor in a process of its own: `python -m downcycle.recipes.dataset_worker FILE`.
+"""Run a pickled datatrove executor in a process of its own: `python -m downcycle.recipes.dataset.worker FILE`.
 
 Answers on stdout with one JSON object; everything that libraries print goes to stderr. Ends, with all it started, when its stdin closes:
 that is when the process that started it is gone.
@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..surgery.errors import DowncycleError
+from ...surgery.errors import DowncycleError
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..surgery.errors import DowncycleError
+from ...surgery.errors import DowncycleError
 from .axolotl_schema import load_keys
-from .key_check import plugins_of
+from .keys import plugins_of
 
 EXAMPLES = "sm_70 (V100), sm_75 (T4), sm_80 (A100), sm_86 (A6000), sm_89 (L40S, 4090), sm_90 (H100), sm_100 (B200), sm_120 (5090)"
 ARCHS = (60, 61, 62, 70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .axolotl_schema import load_keys
 from .hardware import attention
-from .value_check import nearest
+from .values import nearest
 
 Config = dict[str, Any]
 
@@ -20,7 +20,7 @@ def data_faults(config: Config) -> Iterator[str]:
 
 
 def entries(config: Config, key: str) -> list[Config]:
-    """The mappings in a list of datasets; what is no mapping is left to key_check."""
+    """The mappings in a list of datasets; what is no mapping is left to keys.py."""
     found = config.get(key)
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from downcycle import DowncycleError
-from downcycle.recipes.dataset import Request, make_dataset
+from downcycle.recipes.dataset.make import Request, make_dataset
 
 
 @pytest.mark.skipif(importlib.util.find_spec("datatrove") is not None, reason="datatrove is installed")

@@ -1,6 +1,6 @@
 """Settings of an Axolotl config that do not go together, each with the reason; what Axolotl lets pass, or reports badly.
 
-Takes each key to be well formed: slips in keys and kinds of values are for key_check.py. Opens no file and looks at no GPU.
+Takes each key to be well formed: slips in keys and kinds of values are for keys.py. Opens no file and looks at no GPU.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from .axolotl_schema import load_keys
 from .data_conflicts import data_faults, number
 from .hardware import hardware_faults
-from .key_check import plugins_of
+from .keys import plugins_of
 from .sharding import sharding_faults
-from .value_check import nearest
+from .values import nearest
 
 Config = dict[str, Any]
 Rule = Callable[[Config], Iterator[str]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..surgery.errors import DowncycleError
+from ...surgery.errors import DowncycleError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +40,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class TextSource:
+class ParquetSource:
     """A dataset's parquet files, in the order in which they are read.
 
     url: the folder or `hf://` address that `files` are relative to. identity: changes when a file does. revision: the Hub's commit.
@@ -57,7 +57,7 @@ class TextSource:
         return f"{self.url}/{file}"
 
 
-def find_text(src: str, name: str | None) -> TextSource:
+def find_parquet(src: str, name: str | None) -> ParquetSource:
     """List the parquet files of a folder or of a Hub dataset (`USER/NAME`, or `USER/NAME@REVISION`).
 
     `name` is a part of it: a folder of that name, or what FineWeb's layout calls so (`CC-MAIN-2024-10` is `data/CC-MAIN-2024-10`,
@@ -75,20 +75,20 @@ def find_text(src: str, name: str | None) -> TextSource:
     return _find_on_hub(src, name)
 
 
-def _find_local(src: str, folder: Path, name: str | None) -> TextSource:
+def _find_local(src: str, folder: Path, name: str | None) -> ParquetSource:
     from datatrove.io import get_datafolder
 
     place, files = _first_part([(part, get_datafolder(str(folder / part))) for part in _parts(name, "")], src, name)
     status = [os.stat(folder / place / file) for file in files]
-    return TextSource(src, None, str(folder / place), files, tuple(f"{one.st_size}:{one.st_mtime_ns}" for one in status))
+    return ParquetSource(src, None, str(folder / place), files, tuple(f"{one.st_size}:{one.st_mtime_ns}" for one in status))
 
 
-def _find_on_hub(src: str, name: str | None) -> TextSource:
+def _find_on_hub(src: str, name: str | None) -> ParquetSource:
     from datatrove.io import get_datafolder
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    from ..surgery.hub_faults import HTTPError, Patience, endpoint
+    from ...surgery.hub_faults import HTTPError, Patience, endpoint
 
     repo, _, revision = src.partition("@")
     try:
@@ -104,7 +104,7 @@ def _find_on_hub(src: str, name: str | None) -> TextSource:
         raise
     except ConnectionError as fault:  # of huggingface_hub, where HF_HUB_OFFLINE forbids to ask
         raise DowncycleError(f"--src {src}: the Hub cannot be asked ({fault}); go online, or give a folder of parquet files") from fault
-    return TextSource(repo, commit, f"{url}/{place}".rstrip("/"), files, (commit,))
+    return ParquetSource(repo, commit, f"{url}/{place}".rstrip("/"), files, (commit,))
 
 
 def _parts(name: str | None, usual: str) -> list[str]:
@@ -130,7 +130,7 @@ def _first_part(places: list[tuple[str, Any]], src: str, name: str | None) -> tu
     )
 
 
-def read_schema(source: TextSource, file: str) -> tuple[pa.Schema, list[int]]:
+def read_schema(source: ParquetSource, file: str) -> tuple[pa.Schema, list[int]]:
     """Read a file's footer: its columns, and the rows of each row group."""
     import pyarrow.parquet as pq
     from datatrove.io import get_datafolder
@@ -147,7 +147,7 @@ def read_fault(path: str, error: Exception) -> Exception:
     """Say in one line why a file cannot be read; give back an error that has nothing to do with it."""
     from pyarrow import ArrowException
 
-    from ..surgery.hub_faults import HTTPError
+    from ...surgery.hub_faults import HTTPError
 
     if isinstance(error, HTTPError) or is_broken_connection(error):
         return DowncycleError(f"{path}: the Hub did not give it ({type(error).__name__}); check the network and run the same again")
@@ -160,7 +160,7 @@ def read_fault(path: str, error: Exception) -> Exception:
 
 def is_broken_connection(error: Exception) -> bool:
     """Whether the same request may succeed later: the network failed, not the Hub or the file."""
-    from ..surgery.hub_faults import HTTPError
+    from ...surgery.hub_faults import HTTPError
 
     closed = isinstance(error, RuntimeError) and "client has been closed" in str(error)  # huggingface_hub, after its own first retry
     return (
@@ -170,7 +170,7 @@ def is_broken_connection(error: Exception) -> bool:
     )
 
 
-def cut_pieces(source: TextSource, schema: pa.Schema) -> Iterator[Piece]:
+def cut_pieces(source: ParquetSource, schema: pa.Schema) -> Iterator[Piece]:
     """Divide the files, in order, into pieces of whole row groups with PIECE_ROWS rows or a little more, reading footers as needed.
 
     Raises:

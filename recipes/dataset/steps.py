@@ -26,8 +26,8 @@ from datatrove.pipeline.writers.parquet import ParquetWriter
 from datatrove.utils.batching import batched
 from tokenizers import Tokenizer
 
-from .dataset_shards import HASH, N_TOKENS
-from .dataset_source import Filters, Piece, is_broken_connection, read_fault
+from .shards import HASH, N_TOKENS
+from .source import Filters, Piece, is_broken_connection, read_fault
 
 BATCH = 128  # documents encoded at once
 WAITS = (1, 5, 20, 60)  # seconds between attempts

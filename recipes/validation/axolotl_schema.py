@@ -1,6 +1,6 @@
 """The keys that Axolotl's config accepts, as one file that can be read where Axolotl is not installed.
 
-`python -m downcycle.recipes.axolotl_schema --write` reads the installed Axolotl and writes axolotl_keys.json: names, types and
+`python -m downcycle.recipes.validation.axolotl_schema --write` reads the installed Axolotl and writes axolotl_keys.json: names, types and
 allowed values, in JSON Schema, and nothing of its texts. Judges no config.
 """
 
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..surgery.errors import DowncycleError
+from ...surgery.errors import DowncycleError
 
 KEYS_FILE = Path(__file__).with_name("axolotl_keys.json")
 KEPT = ("$ref", "anyOf", "type", "enum", "const", "pattern", "items", "prefixItems", "additionalProperties", "properties", "required")
@@ -222,7 +222,7 @@ if __name__ == "__main__":
     import sys
 
     if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python -m downcycle.recipes.axolotl_schema --write")
+        sys.exit("usage: python -m downcycle.recipes.validation.axolotl_schema --write")
     try:
         KEYS_FILE.write_text(render(read_axolotl()), encoding="utf-8")
     except DowncycleError as error:

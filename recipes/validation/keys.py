@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from .axolotl_schema import load_keys
-from .value_check import SLIP, nearest, old_name, resolved, value_faults
+from .values import SLIP, nearest, old_name, resolved, value_faults
 
 OWN_PLUGINS = "downcycle.recipes.plugins"
 

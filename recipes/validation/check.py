@@ -1,6 +1,6 @@
 """Check an Axolotl YAML file: name every fault, in words a user can act on, all together.
 
-Reads the file, gathers what key_check, conflicts and Axolotl's own validation say, and judges nothing itself.
+Reads the file, gathers what keys, conflicts and Axolotl's own validation say, and judges nothing itself.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..surgery.errors import DowncycleError
+from ...surgery.errors import DowncycleError
 from .conflicts import conflicts
 from .hardware import capabilities
-from .key_check import check_keys, plugins_of
+from .keys import check_keys, plugins_of
 
 LARGEST_FILE = 1_000_000  # bytes; a recipe has a few thousand
 LARGEST_TREE = 100_000  # values
@@ -128,7 +128,7 @@ def _run(asked: list[dict[str, Any]]) -> list[list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder, "jobs.json"), Path(folder, "answers.json")
         question.write_text(json.dumps(asked, default=str), encoding="utf-8")
-        command = [sys.executable, "-m", "downcycle.recipes.axolotl_validate", str(question), str(answer)]
+        command = [sys.executable, "-m", "downcycle.recipes.validation.axolotl_validate", str(question), str(answer)]
         done = subprocess.run(command, env=os.environ | OFFLINE, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
         if done.returncode or not answer.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from .dataset_shards import Split, count_training, first_hash
-from .dataset_source import Piece
-from .dataset_work import finished
+from .shards import Split, count_training, first_hash
+from .source import Piece
+from .work import finished
 
 Work = Callable[[list[Piece], Callable[[], bool]], None]
 Watcher = Callable[[int, int], None]

@@ -25,13 +25,15 @@ from huggingface_hub.utils import close_session  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 from downcycle import DowncycleError  # noqa: E402
-from downcycle.recipes import dataset_rounds, dataset_source, dataset_work  # noqa: E402
-from downcycle.recipes.dataset import Request, make_dataset  # noqa: E402
+from downcycle.recipes.dataset import rounds, work  # noqa: E402
+from downcycle.recipes.dataset import source as parquet_source  # noqa: E402
+from downcycle.recipes.dataset.make import Request, make_dataset  # noqa: E402
+from downcycle.surgery.checkpoint import DEMO_FOLDER  # noqa: E402
 from downcycle.surgery.write import staging_path  # noqa: E402
 
 from hub_server import HubServer  # noqa: E402
 
-DEMO = Path(dataset_source.__file__).parent / "demo"
+DEMO = DEMO_FOLDER.parent
 PARAGRAPHS = [text for text in (DEMO / "healing.txt").read_text().split("\n\n") if len(text) > 100]
 COLUMNS = ["text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count"]
 FILES = {"downcycle-data.json", "README.md", "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"}
@@ -106,7 +108,7 @@ def workers_of(pid: int) -> list[int]:
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended
             parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
-            if parent == str(pid) and b"dataset_worker" in (place / "cmdline").read_bytes():
+            if parent == str(pid) and b"dataset.worker" in (place / "cmdline").read_bytes():
                 found.append(int(place.name))
     return found
 
@@ -114,7 +116,7 @@ def workers_of(pid: int) -> list[int]:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Many tasks out of little text."""
-    monkeypatch.setattr(dataset_source, "PIECE_ROWS", 100)
+    monkeypatch.setattr(parquet_source, "PIECE_ROWS", 100)
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +200,10 @@ def test_filters(tmp_path, rows, source):
 def test_a_part_of_a_source_by_name(tmp_path, rows):
     store(tmp_path / "web", {"data/CC-MAIN-2024-10/a.parquet": rows[:50], "sample/10BT/b.parquet": rows[50:90], ".c/d.parquet": rows[:3]})
     for name, start in (("CC-MAIN-2024-10", 0), ("sample-10BT", 50)):
-        found = dataset_source.find_text(str(tmp_path / "web"), name)
+        found = parquet_source.find_parquet(str(tmp_path / "web"), name)
         assert len(found.files) == 1
         assert pq.read_table(Path(found.url) / found.files[0]).to_pylist()[0] == rows[start]
-    assert dataset_source.find_text(str(tmp_path / "web"), None).files == ("data/CC-MAIN-2024-10/a.parquet", "sample/10BT/b.parquet")
+    assert parquet_source.find_parquet(str(tmp_path / "web"), None).files == ("data/CC-MAIN-2024-10/a.parquet", "sample/10BT/b.parquet")
 
 
 def test_malformed_rows_are_dropped_and_counted(tmp_path, rows):
@@ -263,7 +265,7 @@ def test_killed_run_goes_on(tmp_path, made, request_):
     if not (run := os.fork()):
         make_dataset(out, request_, workers=1)
         os._exit(0)
-    while len(dataset_work.finished(staging)) < 2:
+    while len(work.finished(staging)) < 2:
         assert os.waitpid(run, os.WNOHANG) == (0, 0)
         time.sleep(0.01)
     children = workers_of(run)
@@ -288,7 +290,7 @@ def test_killed_worker_is_reported_and_the_run_goes_on(tmp_path, made, request_)
     out = tmp_path / "out"
 
     def kill(done: int, tokens: int) -> None:
-        if dataset_work.finished(staging_path(out)):
+        if work.finished(staging_path(out)):
             for worker in workers_of(os.getpid()):
                 os.kill(worker, signal.SIGKILL)
 
@@ -328,14 +330,14 @@ def test_too_little_text_loses_nothing(tmp_path, source, rows, request_, made):
 
 def test_first_task_stops_early_and_is_done_again_for_more(tmp_path, rows, monkeypatch):
     """One row group of any size is not read to its end for a few tokens; what was cut short is not taken for the whole later."""
-    monkeypatch.setattr(dataset_source, "PIECE_ROWS", 20_000)
+    monkeypatch.setattr(parquet_source, "PIECE_ROWS", 20_000)
     folder = store(tmp_path / "source", {"a.parquet": rows}, rows=10_000)
     small, large = (Request(tokens, str(folder), tokenizer="demo") for tokens in (2000, 100_000))
     seen = []
 
     def stop(done: int, tokens: int) -> None:
         seen.append(done)
-        if dataset_work.finished(staging_path(tmp_path / "out")):
+        if work.finished(staging_path(tmp_path / "out")):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -349,7 +351,7 @@ def test_other_arguments_do_not_reuse_the_work(tmp_path, request_, rows):
     out = tmp_path / "out"
 
     def stop(done: int, tokens: int) -> None:
-        if dataset_work.finished(staging_path(out)):
+        if work.finished(staging_path(out)):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -424,7 +426,7 @@ def test_refuses_options(tmp_path, request_, monkeypatch, source):
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")
 def test_ray_is_asked_for(tmp_path, request_):
     assert "pip install 'datatrove[ray]'" in refusal(tmp_path / "out", request_, executor="ray")
-    made = dataset_work.make_executors("ray", [], 7, [3], tmp_path, 4)
+    made = work.make_executors("ray", [], 7, [3], tmp_path, 4)
     assert [(one.tasks, one.workers) for one in made] == [(7, 4)]
 
 
@@ -525,7 +527,7 @@ def cluster(tmp_path, monkeypatch) -> Path:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("SBATCH_PARTITION", "cpu")
-    monkeypatch.setitem(dataset_work.POLL, "slurm", 0.01)
+    monkeypatch.setitem(work.POLL, "slurm", 0.01)
     return folder
 
 
@@ -581,12 +583,12 @@ def test_no_hub(tmp_path, monkeypatch):
 
 def test_shards_have_the_names_of_the_hub(tmp_path, monkeypatch, made):
     """Files of any number, in order."""
-    from downcycle.recipes import dataset_shards
+    from downcycle.recipes.dataset import shards as shard_files
 
-    monkeypatch.setattr(dataset_shards, "SHARD_BYTES", 100_000)
-    monkeypatch.setattr(dataset_shards, "GROUP_ROWS", 20)
+    monkeypatch.setattr(shard_files, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shard_files, "GROUP_ROWS", 20)
     table = pq.read_table(made / "data/train-00000-of-00001.parquet")
-    shards = dataset_shards.Shards(tmp_path, "train", table.schema)
+    shards = shard_files.Shards(tmp_path, "train", table.schema)
     for start in range(0, len(table), 7):
         shards.add(table.slice(start, 7))
     files = shards.finish()
@@ -603,15 +605,15 @@ def test_rounds_ask_for_what_is_missing(tmp_path):
     def work(pieces: list, watch: object) -> None:
         asked.append(len(pieces))
         for rank in range(len(pieces)):
-            if rank not in dataset_work.finished(tmp_path):
+            if rank not in work.finished(tmp_path):
                 hashes = pa.array([rank], pa.uint64())
                 pq.write_table(pa.table({"n_tokens": [100], "__text_hash": hashes}), tmp_path / f"parts/{rank:05}.parquet")
                 (tmp_path / f"completions/{rank:05}").touch()
 
-    dataset_rounds.clear(tmp_path)
+    rounds.clear(tmp_path)
     (tmp_path / "completions").mkdir()
-    rounds = dataset_rounds.Rounds(tmp_path, 950, 0, lambda *done: None)
-    assert rounds.collect(iter([None] * 50), 2, work) == [None] * 10
+    asked = rounds.Rounds(tmp_path, 950, 0, lambda *done: None)
+    assert asked.collect(iter([None] * 50), 2, work) == [None] * 10
     assert asked[0] == 2
     assert asked[-1] in (10, 11)
     assert len(asked) == 2
