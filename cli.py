@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +24,7 @@ from .surgery.layers import keep_layers
 from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
 from .surgery.verify import verify as verify_folder
-from .surgery.write import check_target, staging_path, target_path, write
+from .surgery.write import check_target, target_path, write
 from .terminal import (
     Json,
     Revision,
@@ -39,6 +37,7 @@ from .terminal import (
     printable,
     progress_bar,
     refuse_given,
+    say_staging,
     was_given,
 )
 
@@ -113,7 +112,7 @@ def cut(
     if not as_json:
         _print_cut(parent, kept, summary, dry_run)
     if not dry_run:
-        with progress_bar("writing", plan.write_bytes, as_json) as advance, _say_staging(target):
+        with progress_bar("writing", plan.write_bytes, as_json) as advance, say_staging(target):
             write(child, target, max_shard_size=size, overwrite=overwrite, progress=advance)
     if as_json:
         print_json(summary | {"written": not dry_run})
@@ -186,7 +185,7 @@ def merge(
     merged = merge_adapter(model, adapter)
     plan = plan_write(merged, size := parse_count(max_shard_size, "--max-shard-size"))
     changed = sum(merged.tensors[name] is not tensor for name, tensor in model.tensors.items())
-    with progress_bar("merging", plan.write_bytes, as_json) as advance, _say_staging(out):
+    with progress_bar("merging", plan.write_bytes, as_json) as advance, say_staging(out):
         write(merged, out, max_shard_size=size, overwrite=overwrite, progress=advance)
     if as_json:
         print_json({"out": out, "base": model.name, "adapter": adapter, "changed": changed, "tensors": len(merged.tensors)})
@@ -274,14 +273,3 @@ def _print_cut(parent: Checkpoint, kept: list[int], summary: dict[str, Any], dry
         lines += [f"but as things are it would be refused: {summary['obstacle']}"] if summary["obstacle"] else []
     for line in lines:
         typer.echo(line, err=not dry_run)
-
-
-@contextmanager
-def _say_staging(target: str) -> Iterator[None]:
-    """Tell a user who interrupts a cut where the finished part is."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        staging = staging_path(target_path(target))
-        kept = f"; what is done stays in {staging}, and the same command goes on from there" if staging.exists() else ""
-        raise KeyboardInterrupt(f"interrupted{kept}") from None

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .surgery.errors import DowncycleError
+from .surgery.write import staging_path, target_path
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="Folder, Hub id, or 'demo', the built-in model.")]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub repo.")]
@@ -115,6 +116,17 @@ def stage_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
                 said = now
 
         yield say
+
+
+@contextmanager
+def say_staging(target: str) -> Iterator[None]:
+    """Tell a user who interrupts a command where the finished part is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        staging = staging_path(target_path(target))
+        kept = f"; what is done stays in {staging}, and the same command goes on from there" if staging.exists() else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from None
 
 
 def print_json(value: dict[str, Any]) -> None:

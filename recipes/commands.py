@@ -10,7 +10,7 @@ import typer
 
 from ..surgery.checkpoint import open_checkpoint
 from ..surgery.errors import DowncycleError
-from ..terminal import Json, parse_count, print_json, refuse_given, stage_bar
+from ..terminal import Json, parse_count, print_json, refuse_given, say_staging, stage_bar
 from .machine import PARALLEL, Machine
 from .presets import PRESETS
 
@@ -98,7 +98,7 @@ def data(
     count = parse_count(tokens, "--tokens")
     filters = {"language": language, "min_language_score": min_language_score, "min_tokens": min_tokens, "max_tokens": max_tokens}
     request = Request(count, src, name, tokenizer, held_out=held_out, **filters)  # type: ignore[arg-type]
-    with stage_bar(as_json) as say:
+    with stage_bar(as_json) as say, say_staging(out):
         report = make_dataset(
             out,
             request,
@@ -112,7 +112,7 @@ def data(
         return
     for split, held in report["splits"].items():
         typer.echo(f"{split:<5}  {held['tokens']:>15,} tokens  {held['documents']:>11,} documents", err=True)
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items() if count)
+    dropped = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items() if count)
     typer.echo(f"left out: {dropped or 'none'}", err=True)
     typer.echo(out)
 

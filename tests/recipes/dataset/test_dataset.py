@@ -602,7 +602,7 @@ def test_rounds_ask_for_what_is_missing(tmp_path):
     """Tasks of 100 tokens each: a first round of as many as there are workers, then the rest at once, and no more."""
     asked = []
 
-    def work(pieces: list, watch: object) -> None:
+    def write_tasks(pieces: list, watch: object) -> None:
         asked.append(len(pieces))
         for rank in range(len(pieces)):
             if rank not in work.finished(tmp_path):
@@ -612,8 +612,8 @@ def test_rounds_ask_for_what_is_missing(tmp_path):
 
     rounds.clear(tmp_path)
     (tmp_path / "completions").mkdir()
-    asked = rounds.Rounds(tmp_path, 950, 0, lambda *done: None)
-    assert asked.collect(iter([None] * 50), 2, work) == [None] * 10
+    wanted = rounds.Rounds(tmp_path, 950, 0, lambda *done: None)
+    assert wanted.collect(iter([None] * 50), 2, write_tasks) == [None] * 10
     assert asked[0] == 2
     assert asked[-1] in (10, 11)
     assert len(asked) == 2
