@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK = 1 << 19  # elements computed at a time: what a processor's cache holds
+ROWS = 64  # computed at a time, at least: with fewer, A is read too often
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch says so of bytes; nothing here writes into them
 RUN = 128  # terms that are summed before the sum is added to W: BLAS libraries agree on the order within so many
 
@@ -234,7 +235,7 @@ def _blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield 0, weight
         return
     height, width = weight.shape
-    rows = max(16, (BLOCK if span.source.local_path(span.path) else CHUNK // 2) // max(width, 1))  # fewer requests of what is not here
+    rows = max(ROWS, (BLOCK if span.source.local_path(span.path) else CHUNK // 2) // max(width, 1))  # fewer requests of what is not here
     for row in range(0, height, rows):
         count, size = min(rows, height - row), span.length // height
         yield row, Tensor(weight.dtype, (count, width), replace(span, start=span.start + row * size, length=count * size))

@@ -78,12 +78,12 @@ def test_the_healed_loss_is_that_of_the_files(demo):
 def test_every_matrix_was_trained_by_nf4_qlora_and_nothing_else(demo, adapter):
     config = json.loads(Path(demo.adapter, "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["use_rslora"], config["modules_to_save"]) == ("LORA", 128, True, None)
-    assert {"adapter: qlora", "bf16: false", "attn_implementation: sdpa"} <= set(re.findall(r"^\w+: \S+", Path(demo.recipe).read_text(), re.M))
-    assert Path(demo.recipe).read_text().count("load_in_4bit: true") == 1
+    settings = set(re.findall(r"^\w+: \S+", Path(demo.recipe).read_text(), re.M))
+    assert {"adapter: qlora", "load_in_4bit: true", "bf16: false", "attn_implementation: sdpa", "val_set_size: 0"} <= settings
     wanted = {f"model.layers.{layer}.{part}.lora_{half}.weight" for layer in range(9) for part in LINEAR for half in "AB"}
     assert adapter.keys() == wanted
     assert all(np.isfinite(array).all() for array in adapter.values())
-    assert [name for name, array in adapter.items() if "lora_B" in name and not (array != 0).all(axis=0).any()] == []
+    assert [name for name, array in adapter.items() if not array.any()] == []
 
 
 def test_gradients_came_at_every_step_and_no_evaluation_broke_them(demo):
