@@ -5,7 +5,7 @@ child = keep_layers(parent, choose(parent.num_layers, 24))
 write(child, "Llama-3-6B")
 """
 
-from .surgery.adapter import merge_adapter
+from .surgery.adapter.merge import merge_adapter
 from .surgery.checkpoint import Checkpoint, Tensor, open_checkpoint
 from .surgery.choose import choose, ends, even, first, parse_layers, tail
 from .surgery.describe import describe

@@ -148,20 +148,20 @@ def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = Fals
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that downcycle wrote.")],
-    src: Annotated[str | None, typer.Option(metavar="SRC", help="The parent [default: as downcycle.json says].")] = None,
+    src: Annotated[str | None, typer.Option(metavar="SRC", help="What it was made from [default: as downcycle.json says].")] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="ADAPTER", help="What was merged [default: as downcycle.json says].")] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Prove, byte for byte, that a child holds exactly its parent's layers."""
+    """Prove, byte for byte, that a folder holds exactly what it was made from: a parent's layers, or a model and an adapter."""
     total = open_checkpoint(folder, trust_remote_code=trust_remote_code).nbytes
     with progress_bar("comparing", total, as_json) as advance:
-        proof = verify_folder(folder, src, trust_remote_code=trust_remote_code, progress=advance)
+        proof = verify_folder(folder, src, adapter=adapter, trust_remote_code=trust_remote_code, progress=advance)
     if as_json:
         print_json({"verified": True, **vars(proof)})
     else:
         typer.echo(
-            f"{folder} is layers {format_layers(proof.layers)} of {proof.parent}: "
-            f"{proof.tensors} tensors, {format_bytes(proof.bytes)} and {proof.files} files compared, all equal"
+            f"{folder} is {proof.what}: {proof.tensors} tensors, {format_bytes(proof.bytes)} and {proof.files} files compared, all equal"
         )
 
 
@@ -179,7 +179,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its model, exactly: each weight W becomes W + BA, rounded once; all else is copied byte for byte."""
-    from .surgery.adapter import merge_adapter
+    from .surgery.adapter.merge import merge_adapter
 
     model = open_checkpoint(base, revision, trust_remote_code=trust_remote_code)
     merged = merge_adapter(model, adapter)
@@ -190,6 +190,8 @@ def merge(
     if as_json:
         print_json({"out": out, "base": model.name, "adapter": adapter, "changed": changed, "tensors": len(merged.tensors)})
     else:
+        if (named := merged.lineage["adapter_base"]) and Path(named).name != Path(model.name).name:
+            typer.echo(f"note: the adapter says that it was trained on {named}; it fits {model.name}", err=True)
         typer.echo(f"{changed} of {len(merged.tensors)} tensors changed, the rest copied", err=True)
         typer.echo(out)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..recipes.demo.corpus import read_text
 from ..recipes.training import Progress, Step, losses, train
-from ..surgery.adapter import merge_adapter
+from ..surgery.adapter.merge import merge_adapter
 from ..surgery.checkpoint import DEMO, DEMO_FOLDER, Checkpoint, open_checkpoint
 from ..surgery.choose import first
 from ..surgery.errors import DowncycleError

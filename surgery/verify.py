@@ -126,7 +126,7 @@ def _open_parent(lineage: dict[str, Any], name: str, src: str | Path | None, tru
 def _merge_again(
     parent: Checkpoint, name: str, given: str | Path | None, recorded: Any, revision: str | None, fingerprint: Any
 ) -> Checkpoint:
-    from .adapter import merge_adapter
+    from .adapter.merge import merge_adapter
 
     if not isinstance(recorded, str):
         raise DowncycleError(f"{name}/{LINEAGE}: names no adapter; it was changed")

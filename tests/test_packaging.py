@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("pyproject_hooks")  # comes with build
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"surgery", "recipes", "recipes/dataset", "recipes/demo", "recipes/validation", "eval", "axolotl_configs"}
+PACKAGES = {"surgery", "surgery/adapter", "recipes", "recipes/dataset", "recipes/demo", "recipes/validation", "eval", "axolotl_configs"}
 
 
 @pytest.fixture(scope="module")

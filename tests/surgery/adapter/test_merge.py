@@ -17,9 +17,9 @@ from huggingface_hub.utils import close_session  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, plan_write, verify, write  # noqa: E402
-from downcycle.surgery import lowrank  # noqa: E402
-from downcycle.surgery.adapter import merge_adapter  # noqa: E402
-from downcycle.surgery.adapter_config import HARMLESS, UNLIKE_LORA  # noqa: E402
+from downcycle.surgery.adapter import lowrank  # noqa: E402
+from downcycle.surgery.adapter.config import HARMLESS, UNLIKE_LORA  # noqa: E402
+from downcycle.surgery.adapter.merge import merge_adapter  # noqa: E402
 from downcycle.surgery.checkpoint import Span  # noqa: E402
 
 from hub_server import HubServer  # noqa: E402

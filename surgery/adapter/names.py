@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .checkpoint import Checkpoint, Tensor
-from .families import TEXT_SECTIONS
+from ..checkpoint import Checkpoint, Tensor
+from ..families import TEXT_SECTIONS
 
 HEADS = ("lm_head", "embed_out", "output_layer", "output")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "tokens_embed")

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import NoReturn
 
-from .adapter_config import AdapterConfig
-from .adapter_names import EXPERT_PARTS, Names, is_embedding, is_head, is_tied
-from .checkpoint import Checkpoint, Tensor
-from .errors import DowncycleError
+from ..checkpoint import Checkpoint, Tensor
+from ..errors import DowncycleError
+from .config import AdapterConfig
 from .lowrank import FLOATS, Update, added, cast, merged, stacked, to_torch, with_rows
+from .names import EXPERT_PARTS, Names, is_embedding, is_head, is_tied
 
 # Families with transformers' Conv1D, whose weights are stored [in, out]; and those whose stacks of experts are [expert, in, out].
 CONV1D = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")

@@ -15,15 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .adapter_config import AdapterConfig, read_adapter_config
-from .adapter_modules import Merge, Parts
-from .adapter_names import layer_number
-from .checkpoint import Checkpoint, Tensor, find_source, read_header
-from .choose import format_layers
-from .errors import DowncycleError
-from .families import TEXT_SECTIONS
-from .sources import Source
-from .stack import OTHER_TOWERS
+from ..checkpoint import Checkpoint, Tensor, find_source, read_header
+from ..choose import format_layers
+from ..errors import DowncycleError
+from ..families import TEXT_SECTIONS
+from ..sources import Source
+from ..stack import OTHER_TOWERS
+from .config import AdapterConfig, read_adapter_config
+from .modules import Merge, Parts
+from .names import layer_number
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."

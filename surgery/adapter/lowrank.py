@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from .checkpoint import Span, Tensor
-from .errors import DowncycleError
-from .header import DTYPE_BITS
-from .sources import CHUNK
+from ..checkpoint import Span, Tensor
+from ..errors import DowncycleError
+from ..header import DTYPE_BITS
+from ..sources import CHUNK
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import load_json
-from .errors import DowncycleError
-from .sources import Source
+from ..checkpoint import load_json
+from ..errors import DowncycleError
+from ..sources import Source
 
 ADAPTER_CONFIG = "adapter_config.json"
 WITH_PEFT = "if peft can merge it, do so with its merge_and_unload()"

@@ -1,0 +1,1 @@
+"""Merge a LoRA or DoRA adapter into the weights that it was trained on."""
