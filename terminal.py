@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -14,6 +15,8 @@ import typer
 
 from .surgery.errors import DowncycleError
 from .surgery.write import staging_path, target_path
+
+QUIET = 5.0  # seconds between two lines of one stage, where there is no progress bar
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="Folder, Hub id, or 'demo', the built-in model.")]
 Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a Hub repo.")]
@@ -86,7 +89,7 @@ def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int]
 def stage_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Show what is being done and how much of how much; give the function that is told (what, done, total), a total of 0 being unknown.
 
-    Where stderr is no terminal, each new stage is one line, and so is each further tenth.
+    Where stderr is no terminal, each new stage is one line, and so is each sign of life that comes 5 s after the last.
     """
     if quiet:
         yield lambda what, done, total: None
@@ -106,14 +109,13 @@ def stage_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             task = bar.add_task("")
             yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
     else:
-        said = ("", -1)
+        stage, told = "", 0.0
 
         def say(what: str, done: int, total: int) -> None:
-            nonlocal said
-            stage = what.partition(":")[0]
-            if (now := (stage, 10 * done // total if total else 0)) != said:
+            nonlocal stage, told
+            if (now := what.partition(":")[0]) != stage or time.monotonic() - told >= QUIET or done == total > 0:
                 print(f"{what} {done:,}/{total:,}" if total else what, file=sys.stderr, flush=True)
-                said = now
+                stage, told = now, time.monotonic()
 
         yield say
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +19,10 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Show the whole path on the built-in model, on this CPU, in minutes: cut, heal with Axolotl, merge, compare."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take the cores from Axolotl's
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from .demo import loss_lines, run_demo
 
     with stage_bar(as_json) as say:

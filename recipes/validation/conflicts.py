@@ -167,6 +167,8 @@ def _adapter_limits(config: Config) -> Iterator[str]:
                 re.compile(str(pattern))
             except re.error as error:
                 yield f"unfrozen_parameters: {pattern!r} is no regular expression ({error})"
+            if r"\." in str(pattern):
+                yield f"unfrozen_parameters: {pattern!r} matches nothing, since Axolotl escapes each dot itself; write plain dots"
     if (
         config.get("peft_layers_to_transform")
         and isinstance(config.get("lora_target_modules"), str)

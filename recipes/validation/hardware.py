@@ -100,6 +100,6 @@ def _cpu_faults(config: dict[str, Any]) -> Iterator[str]:
     if config.get("load_in_4bit") and (config.get("val_set_size") or config.get("test_datasets")):
         key = "val_set_size" if config.get("val_set_size") else "test_datasets"
         yield (
-            f"{key}: with NF4 on a CPU, evaluation before the first step leaves some CPUs (AVX512-BF16) without gradients, and training "
-            "is silently wrong; write val_set_size: 0 and no test_datasets"
+            f"{key}: with NF4 on a CPU, an evaluation makes all later gradients wrong on some CPUs (AVX512-BF16), and no error says "
+            "so; write val_set_size: 0 and no test_datasets"
         )

@@ -84,6 +84,7 @@ FAULTS = {
     "packed, no adapter": (BASE | {"load_in_4bit": True}, "load_in_4bit: packed weights cannot be trained", True),
     "loftq": (QLORA | {"peft": {"loftq_config": {"loftq_bits": 4}}}, "peft.loftq_config: LoftQ packs whole weights itself", False),
     "unfrozen": (LORA | {"unfrozen_parameters": ["lm_head"]}, "unfrozen_parameters: freezes an adapter's own weights", False),
+    "unfrozen by escaped dots": (BASE | {"unfrozen_parameters": [r"^lm_head\.weight$"]}, "matches nothing, since Axolotl escapes", False),
     "unfrozen by nonsense": (BASE | {"unfrozen_parameters": ["layers.[0-"]}, "is no regular expression", False),
     "some layers of a text": (
         {key: value for key, value in LORA.items() if key != "lora_target_linear"}
