@@ -109,13 +109,14 @@ def stage_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             task = bar.add_task("")
             yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
     else:
-        stage, told = "", 0.0
+        stage, line, told = "", "", 0.0
 
         def say(what: str, done: int, total: int) -> None:
-            nonlocal stage, told
-            if (now := what.partition(":")[0]) != stage or time.monotonic() - told >= QUIET or done == total > 0:
-                print(f"{what} {done:,}/{total:,}" if total else what, file=sys.stderr, flush=True)
-                stage, told = now, time.monotonic()
+            nonlocal stage, line, told
+            now, new = what.partition(":")[0], f"{what} {done:,}/{total:,}" if total else what
+            if now != stage or time.monotonic() - told >= QUIET or done == total > 0 and new != line:
+                print(new, file=sys.stderr, flush=True)
+                stage, line, told = now, new, time.monotonic()
 
         yield say
 

@@ -239,7 +239,8 @@ def _cache(config: dict[str, Any], depth: int, hidden: int) -> tuple[tuple[int, 
     kept = 2 * kv_heads * head_dim
     if _first(config, "kv_lora_rank"):  # multi-head latent attention; transformers keeps the expanded keys and values
         kept = heads * (_first(config, "qk_nope_head_dim") + _first(config, "qk_rope_head_dim") + _first(config, "v_head_dim"))
-    kinds = config.get("layer_types") or config.get("layers_block_type") or ["full_attention"] * depth
+    listed = config.get("layer_types") or config.get("layers_block_type")
+    kinds = listed if isinstance(listed, list) else ["full_attention"] * depth
     window = _first(config, "sliding_window")
     everywhere = window if config.get("model_type") in WINDOW_EVERYWHERE else 0
     return tuple(
