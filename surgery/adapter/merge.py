@@ -22,7 +22,7 @@ from ..families import TEXT_SECTIONS
 from ..sources import Source
 from ..stack import OTHER_TOWERS
 from .config import AdapterConfig, read_adapter_config
-from .modules import Merge, Parts
+from .modules import TOKENS, Merge, Parts
 from .names import layer_number
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -58,6 +58,7 @@ def merge_adapter(base: Checkpoint, adapter: str | Path, revision: str | None = 
     for module, its in parts.items():
         merge.put(module, its)
     merge.finish()
+    _check_named(config, parts, merge)
     _check_whole(base, config, merge)
     _check_finite(stored, source.name)
     return replace(base, tensors=merge.tensors, lineage=_lineage(base, source, config, stored))
@@ -112,6 +113,19 @@ def _check_layers(base: Checkpoint, where: str, modules: set[str], merge: Merge)
         raise DowncycleError(
             f"{where}: has layers {format_layers(beyond)}, and {base.name} has {base.num_layers} (0-{base.num_layers - 1}); it was trained "
             "on another model: merge it into that one"
+        )
+
+
+def _check_named(config: AdapterConfig, parts: Mapping[str, Parts], merge: Merge) -> None:
+    """Refuse an adapter that holds modules which its own config does not target: peft would leave them out without a word."""
+    named = config.fields.get("target_modules")
+    if merge.names.renamed or config.fields.get("target_parameters") or not named or named == "all-linear":
+        return  # what is targeted depends on more than the files' names
+    extra = [module for module, its in parts.items() if TOKENS not in its and not config.targets(module)]
+    if extra:
+        raise DowncycleError(
+            f"{config.where}: target_modules does not name {extra[0]}, for which the adapter holds factors; there are {len(extra)} such "
+            "modules. Config and tensors belong to two trainings: save the adapter again"
         )
 
 

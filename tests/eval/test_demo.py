@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,13 @@ from downcycle import DowncycleError, open_checkpoint, verify  # noqa: E402
 from downcycle.eval.demo import DemoResult, draw_losses, loss_lines, run_demo  # noqa: E402
 
 STEPS = 16
+COMMAND = f"""
+from downcycle.cli import main
+from downcycle.eval.demo import run_demo
+run_demo.__kwdefaults__["steps"] = {STEPS}
+main()
+"""
+UTF8 = os.environ | {"PYTHONIOENCODING": "utf-8"}
 LINEAR = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
 
 
@@ -27,9 +37,8 @@ def demo(once) -> DemoResult:
     """One run of the demo, for all tests of this file."""
 
     def fill(folder: Path) -> None:
-        stages: list[str] = []
-        run_demo(folder / "out", steps=STEPS, progress=lambda step: stages.append(step.stage))
-        (folder / "stages.json").write_text(json.dumps(list(dict.fromkeys(stages))))
+        with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
+            subprocess.run([sys.executable, "-c", COMMAND, "demo", "--out", folder / "out"], stdout=out, stderr=err, env=UTF8, check=True)
 
     record = json.loads((once("demo", fill) / "out" / "losses.json").read_text())
     return DemoResult(**record | {"layers": tuple(record["layers"]), "curve": [tuple(point) for point in record["curve"]]})
@@ -136,10 +145,19 @@ def test_everything_lies_in_one_folder(demo):
 
 
 def test_every_stage_is_told(demo):
-    stages = json.loads((Path(demo.child).parent.parent / "stages.json").read_text())
-    assert stages == [
+    lines = (Path(demo.child).parent.parent / "stderr").read_text().splitlines()
+    assert list(dict.fromkeys(re.sub(r"(:| \d).*", "", line) for line in lines)) == [
         *("cutting the built-in model", "loading torch", "measuring the parent", "measuring the cut", "starting Axolotl"),
         *("preparing the text", "loading the model", "training", "saving", "merging", "measuring the healed model"),
+    ]
+    assert sum(line.endswith(f" {STEPS}/{STEPS}") and line.startswith("training") for line in lines) >= 1
+
+
+def test_the_command_prints_bars_and_what_was_won(demo):
+    out = (Path(demo.child).parent.parent / "stdout").read_text(encoding="utf-8")
+    assert out.splitlines() == [
+        *loss_lines(demo),
+        f"healing won back {demo.recovered:.0%} of what the cut cost, in {demo.seconds:.0f} s; picture: {demo.picture}",
     ]
 
 
@@ -150,6 +168,11 @@ def test_an_existing_folder_is_refused_untouched(tmp_path, tree):
     with pytest.raises(DowncycleError, match="exists already; delete it, or give another folder"):
         run_demo(tmp_path / "out")
     assert tree(tmp_path) == before
+
+
+def test_the_command_refuses_an_existing_folder(refused, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert refused("demo", "--out", tmp_path / "out", "--json").startswith(f"downcycle: --out {tmp_path / 'out'}: exists already")
 
 
 def test_a_missing_package_is_named_before_anything_is_made(tmp_path, monkeypatch):
