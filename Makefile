@@ -27,6 +27,8 @@ lint: .venv/all
 
 bench: .venv/all .venv-light/test
 	.venv/bin/python tests/benchmarks/cut.py --light .venv-light/bin/downcycle $(BENCH)
+	.venv/bin/python tests/benchmarks/merge.py --axolotl .venv/bin/axolotl
+	.venv/bin/python tests/benchmarks/data.py
 
 clean:
 	rm -rf .venv .venv-light build *.egg-info

@@ -23,8 +23,9 @@ from .surgery.errors import DowncycleError
 from .surgery.layers import keep_layers
 from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
+from .surgery.staging import target_path
 from .surgery.verify import verify as verify_folder
-from .surgery.write import check_target, target_path, write
+from .surgery.write import check_target, write
 from .terminal import (
     Json,
     Revision,

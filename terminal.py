@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .surgery.errors import DowncycleError
-from .surgery.write import staging_path, target_path
+from .surgery.staging import staging_path, target_path
 
 QUIET = 5.0  # seconds between two lines of one stage, where there is no progress bar
 

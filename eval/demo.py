@@ -20,8 +20,9 @@ from ..surgery.choose import first
 from ..surgery.errors import DowncycleError
 from ..surgery.layers import keep_layers
 from ..surgery.model import load_model
+from ..surgery.staging import target_path
 from ..surgery.verify import verify
-from ..surgery.write import target_path, write
+from ..surgery.write import write
 
 if TYPE_CHECKING:
     from torch import Tensor

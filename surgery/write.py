@@ -1,17 +1,14 @@
 """Turn a Checkpoint value into files: sharded, atomic, resumable, in bounded memory. The only code that writes a checkpoint.
 
-Everything is made in a staging folder beside the target, flushed, and renamed when complete.
+Everything is made in a staging folder (staging.py), flushed, and renamed when complete.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from .checkpoint import Checkpoint, Span, file_length
@@ -19,9 +16,8 @@ from .errors import DowncycleError
 from .filenames import CONFIG
 from .plan import Plan, Shard, plan_write
 from .sources import Progress, write_at
+from .staging import MARK, check_name, publish, staging_folder, staging_path, target_path
 from .transfer import copy_all, write_computed
-
-PLAN = "plan.sha256"
 
 
 def write(
@@ -45,32 +41,16 @@ def write(
     out = target_path(out)
     plan = plan_write(checkpoint, max_shard_size)
     check_target(out, plan, overwrite)
-    with _staging_folder(out, plan) as staging:
+    with staging_folder(out, plan.digest, _has_shards) as staging:
         _check_name(out, overwrite)  # again, now that nobody else can take it
         for shard in plan.shards:
             _write_shard(shard, staging, progress)
         for path, data in plan.files.items():
             _write_file(staging / path, data)
             progress(file_length(data))
-        (staging / PLAN).unlink()
-        _flush_folders(staging)
+        (staging / MARK).unlink()
         publish(staging, out)
     return out
-
-
-def staging_path(out: Path) -> Path:
-    """Where a target is prepared: beside it, so that one rename completes it."""
-    return out.with_name(f".{out.name}.downcycle")
-
-
-def target_path(out: str | Path) -> Path:
-    """Return a target's absolute path."""
-    if not str(out):
-        raise DowncycleError("--out '': give a folder's name")
-    try:
-        return Path(os.path.abspath(os.path.expanduser(out)))
-    except FileNotFoundError as error:
-        raise DowncycleError(f"--out {out}: the current folder was deleted; change into one that exists") from error
 
 
 def check_target(out: Path, plan: Plan, overwrite: bool) -> None:
@@ -100,75 +80,11 @@ def _check_apart(out: Path, source: Path) -> None:
 
 
 def _check_name(out: Path, overwrite: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if out.is_symlink():
-        raise DowncycleError(f"--out {out}: is a symbolic link; give the folder that it leads to, or another name")
-    if not out.is_dir():
-        raise DowncycleError(f"--out {out}: exists and is no folder; choose another name")
-    if any(out.iterdir()):
-        if not overwrite:
-            raise DowncycleError(f"--out {out}: exists already; choose another folder, or give --overwrite to replace it")
-        if not (out / CONFIG).is_file():
-            raise DowncycleError(f"--out {out}: exists and holds no checkpoint; --overwrite replaces checkpoints only")
+    check_name(out, overwrite, "checkpoint", CONFIG)
 
 
-@contextmanager
-def _staging_folder(out: Path, plan: Plan) -> Iterator[Path]:
-    """Give a locked staging folder that holds this plan's finished shards or nothing; say where it is when the work fails."""
-    staging = staging_path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(staging, out)
-    except OSError as error:
-        raise DowncycleError(f"--out {out}: {error.strerror}; choose a folder that can be written") from error
-    try:
-        _claim(staging, plan)
-        yield staging
-    except OSError as error:
-        what = "the disk is full; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise DowncycleError(f"{out.name} is not complete: {what}. {_resume(staging)}") from error
-    except DowncycleError as error:
-        if not any(staging.glob("*.safetensors*")):
-            shutil.rmtree(staging)
-            raise
-        raise DowncycleError(f"{str(error).removesuffix('.')}. {_resume(staging)}") from error
-    finally:
-        os.close(lock)
-
-
-def _resume(staging: Path) -> str:
-    return f"What is done stays in {staging}; the same command goes on from there."
-
-
-def lock_folder(staging: Path, out: Path) -> int:
-    """Create the staging folder and lock it; the lock goes with the process, however it ends."""
-    while True:
-        with suppress(FileExistsError):
-            staging.mkdir()
-        try:
-            folder = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue  # the other run has just completed and renamed it
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(folder)
-            raise DowncycleError(f"--out {out}: another run is writing it; wait for it or choose another folder") from None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(folder), staging.stat()):
-                return folder
-        os.close(folder)
-
-
-def _claim(staging: Path, plan: Plan) -> None:
-    """Empty the staging folder unless it was begun for the same plan."""
-    mark = staging / PLAN
-    if mark.is_file() and mark.read_bytes() == plan.digest.encode():
-        return
-    for path in staging.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    mark.write_text(plan.digest)
+def _has_shards(staging: Path) -> bool:
+    return any(staging.glob("*.safetensors*"))
 
 
 def _check_space(home: Path, staging: Path, plan: Plan) -> None:
@@ -210,30 +126,6 @@ def _write_file(path: Path, data: Span | bytes) -> None:
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
-
-
-def publish(staging: Path, out: Path) -> None:
-    """Give the finished folder its name. What it replaces is set aside first, and deleted last."""
-    aside = out.with_name(f".{out.name}.replaced")
-    if out.exists() and any(out.iterdir()):
-        shutil.rmtree(aside, ignore_errors=True)
-        out.rename(aside)
-    staging.rename(out)
-    _flush(out.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush_folders(folder: Path) -> None:
-    for path in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        _flush(path)
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reserve(file: int, size: int) -> None:

@@ -11,28 +11,26 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...surgery.errors import DowncycleError
-from ...surgery.write import lock_folder, publish, staging_path, target_path
+from ...surgery.staging import check_name, publish, staging_folder, target_path
 from .card import card, versions
-from .rounds import Rounds, Watcher, clear
+from .rounds import Rounds, Watcher
 from .shards import N_TOKENS, threshold, write_splits
 from .source import PIECE_ROWS, Filters, ParquetSource, Piece, check_columns, cut_pieces, find_parquet, read_schema
 from .tokenizer import TextTokenizer, open_tokenizer
 from .work import check_executor, finished, run_tasks
-from .worker import is_full
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 REPORT = "downcycle-data.json"
-MARK, TOKENIZER, WHOLE = "data.sha256", "tokenizer.json", "whole"
+TOKENIZER, WHOLE = "tokenizer.json", "whole"
 FINEWEB, LLAMA = "HuggingFaceFW/fineweb", "meta-llama/Meta-Llama-3-8B"
 
 
@@ -97,7 +95,8 @@ def make_dataset(
     if N_TOKENS in columns.names:
         columns = columns.remove(columns.get_field_index(N_TOKENS))
     tokenizer = open_tokenizer(request.tokenizer)
-    with _staging_folder(target, _digest(request, source, columns, tokenizer)) as staging:
+    digest = _digest(request, source, columns, tokenizer)
+    with staging_folder(target, digest, lambda work: bool(finished(work)), "the same command, also with other --tokens,") as staging:
         _check_target(target, overwrite)  # again, now that nobody else can take it
         (staging / TOKENIZER).write_text(tokenizer.json)
         rounds = Rounds(staging, request.tokens, threshold(request.held_out), progress)
@@ -146,13 +145,7 @@ def _needed_columns(request: Request) -> dict[str, str]:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise DowncycleError(f"--out {target}: exists and is no folder; choose another name")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise DowncycleError(f"--out {target}: exists already; choose another folder, or give --overwrite to replace it")
-        if not (target / REPORT).is_file():
-            raise DowncycleError(f"--out {target}: exists and holds no dataset; --overwrite replaces datasets only")
+    check_name(target, overwrite, "dataset", REPORT)
 
 
 def _check_apart(target: Path, source: ParquetSource) -> None:
@@ -167,35 +160,6 @@ def _digest(request: Request, source: ParquetSource, columns: pa.Schema, tokeniz
     filters = asdict(_filters(request))
     facts = [source.url, source.files, source.identity, filters, str(columns), tokenizer.fingerprint, versions(), PIECE_ROWS]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-@contextmanager
-def _staging_folder(target: Path, digest: str) -> Iterator[Path]:
-    """Give a locked folder beside the target that holds finished tasks of this work, or nothing; say where it is when the work fails."""
-    staging = staging_path(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(staging, target)
-    except OSError as error:
-        raise DowncycleError(f"--out {target}: {error.strerror}; choose a folder that can be written") from error
-    try:
-        mark = staging / MARK
-        if not (mark.is_file() and mark.read_text() == digest):
-            clear(staging)
-            mark.write_text(digest)
-        yield staging
-    except (OSError, DowncycleError) as error:
-        text = str(error)
-        if isinstance(error, OSError):
-            reason = "the disk is full; free some space" if is_full(error.errno) else error.strerror or str(error)
-            text = f"{target.name} is not complete: {reason}."
-        if not finished(staging):
-            shutil.rmtree(staging, ignore_errors=True)
-            raise DowncycleError(text) from error
-        stays = f"What is done stays in {staging}; the same command, also with other --tokens, goes on from there."
-        raise DowncycleError(f"{text.rstrip('.')}. {stays}") from error
-    finally:
-        os.close(lock)
 
 
 def _filters(request: Request) -> Filters:

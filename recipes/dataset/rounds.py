@@ -6,7 +6,6 @@ Knows tasks by their numbers and the files they leave; knows nothing of how they
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -41,6 +40,8 @@ class Rounds:
         The first round has a task for each worker, or those done before; what they give says how many the next round needs. Which tasks
         are needed in the end does not depend on the rounds.
         """
+        for name in ("counts", "parts"):
+            (self.folder / name).mkdir(exist_ok=True)
         self._forget_cut_short()
         pieces = list(islice(source, max(workers, len(self._leading()))))
         while True:
@@ -122,11 +123,3 @@ class Rounds:
             for path in (self.folder / "completions" / "00000", self.folder / "counts" / "00000.json", *self.parts(1)):
                 path.unlink(missing_ok=True)
             self._done, self._training, self._split = finished(self.folder), {}, None
-
-
-def clear(folder: Path) -> None:
-    """Empty a work folder and prepare it."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for name in ("counts", "parts"):
-        (folder / name).mkdir()

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from ...surgery.errors import DowncycleError
-from .worker import is_full
 
 EXECUTORS = ("local", "slurm", "ray")
 POLL = {"local": 0.1, "slurm": 5.0, "ray": 1.0}  # seconds
@@ -145,10 +144,10 @@ def _answer(process: subprocess.Popen[str], work: Path) -> str:
     try:
         answer = json.loads(text)
     except ValueError:
-        raise DowncycleError(f"a worker ended with status {process.returncode}; see {work / 'log.txt'}.") from None
+        last = (work / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2]
+        raise DowncycleError(f"a worker ended with status {process.returncode}: {last}") from None
     if "error" in answer:
-        what = "the disk is full; free some space" if is_full(answer["errno"]) else " ".join(str(answer["error"]).split())
-        raise DowncycleError(f"{what.rstrip('.')}.")
+        raise DowncycleError(f"{' '.join(answer['error'].split()).rstrip('.')}.")
     return answer["job"]
 
 

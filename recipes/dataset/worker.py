@@ -6,7 +6,6 @@ that is when the process that started it is gone.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...surgery.errors import DowncycleError
+from ...surgery.staging import what_failed
 
 
 def main() -> None:
@@ -34,22 +34,17 @@ def _run(path: Path) -> dict[str, Any]:
         executor = dill.loads(path.read_bytes())
         executor.run()
     except DowncycleError as error:
-        return {"error": str(error), "errno": None}
+        return {"error": str(error)}
     except OSError as error:
-        return {"error": error.strerror or str(error), "errno": error.errno}
+        return {"error": what_failed(error)}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}", "errno": None}
+        return {"error": f"{type(error).__name__}: {error}"}
     return {"job": str(getattr(executor, "job_id", None) or "")}
 
 
 def _end_with_parent() -> None:
     os.read(0, 1)
     os.killpg(0, signal.SIGKILL)
-
-
-def is_full(number: int | None) -> bool:
-    """Whether an error number says that there is no room."""
-    return number in (errno.ENOSPC, errno.EDQUOT)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, write
-from downcycle.surgery.write import PLAN, staging_path
+from downcycle.surgery.staging import MARK, staging_path
 
 INSTANTS = 200
 SHARD = 5000
@@ -96,7 +96,7 @@ def check_new_target(target: Path, whole: dict[str, bytes], work: Callable[[], o
         assert contents(target) == whole
         case = "whole"
     else:
-        case = "nothing" if not staging.exists() else "marked" if (staging / PLAN).exists() else "unmarked"
+        case = "nothing" if not staging.exists() else "marked" if (staging / MARK).exists() else "unmarked"
         done = finished(staging) if case == "marked" else {}
         case += " with finished shards" if done else ""
         work()
@@ -150,12 +150,14 @@ def test_killed_at_instants_of_an_overwrite(cut, whole, make, place):
 
 
 def killing_itself_at_line(number: int, work: Callable[[], object], functions: tuple[str, ...]) -> Callable[[], None]:
-    """Wrap work so that SIGKILL comes before its nth line in the module that writes, in these functions or in all."""
+    """Wrap work so that SIGKILL comes before its nth line in the modules that write, in these functions or in all."""
     left = number
 
     def trace(frame, event, argument):
         nonlocal left
-        if not frame.f_code.co_filename.endswith("surgery/write.py") or (functions and frame.f_code.co_name not in functions):
+        if not frame.f_code.co_filename.endswith(("surgery/write.py", "surgery/staging.py")) or (
+            functions and frame.f_code.co_name not in functions
+        ):
             return None
         left -= event == "line"
         if left == 0:
@@ -171,7 +173,7 @@ def killing_itself_at_line(number: int, work: Callable[[], object], functions: t
 
 @pytest.mark.parametrize(("overwrite", "functions"), [(False, ()), (True, ("_claim", "publish"))], ids=["new", "overwrite"])
 def test_killed_before_every_line(cut, make, place, overwrite, functions):
-    """A clock may miss the instant that matters; here every line of the module that writes is one."""
+    """A clock may miss the instant that matters; here every line of the modules that write is one."""
     target, aside = place / "c", place / ".c.replaced"
     whole = contents(write(cut, place / "whole"))
     make(place / "old")

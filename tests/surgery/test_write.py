@@ -18,7 +18,7 @@ from safetensors import deserialize
 from downcycle import Checkpoint, DowncycleError, Tensor, keep_layers, open_checkpoint, plan_write, write
 from downcycle.surgery.checkpoint import Span
 from downcycle.surgery.sources import LocalFolder
-from downcycle.surgery.write import staging_path
+from downcycle.surgery.staging import staging_path
 
 from conftest import Stored
 
