@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..surgery.checkpoint import open_checkpoint
+from ..surgery.checkpoint import DEMO, DEMO_FOLDER, open_checkpoint
 from ..surgery.errors import DowncycleError
 from ..terminal import Json, parse_count, print_json, refuse_given, say_staging, stage_bar
 from .machine import PARALLEL, Machine
@@ -58,10 +59,19 @@ def recipe(
     from .recipe_text import recipe_text
 
     model = open_checkpoint(src)
+    base_model = str(DEMO_FOLDER) if src == DEMO else src
     layout = PRESETS[preset].gpus if preset in PRESETS and gpus is None else gpus
     machine = Machine(1 if layout is None else layout, gpu_memory, nodes, gpu_arch)
     made = make_recipe(
-        model, src, preset, dataset=dataset, machine=machine, parallel=parallel, ray=ray, batch=batch, overrides=parse_settings(sets or [])
+        model,
+        base_model,
+        preset,
+        dataset=dataset,
+        machine=machine,
+        parallel=parallel,
+        ray=ray,
+        batch=batch,
+        overrides=parse_settings(sets or []),
     )
     if str(out) == "-":
         typer.echo(recipe_text(made, "FILE"), nl=False)
@@ -163,5 +173,10 @@ def _write_recipe(path: Path, text: str, overwrite: bool) -> None:
     if not path.parent.is_dir():
         raise DowncycleError(f"{path}: no such folder as {path.parent}; make it first")
     staged = path.with_name(f".{path.name}.downcycle")
-    staged.write_text(text)
-    staged.replace(path)
+    try:
+        staged.write_text(text)
+        staged.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise DowncycleError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -40,8 +40,8 @@ CPU = {"dataset": DEMO_TEXT, "batch": 4, "overrides": {"sequence_len": 512, "gra
 
 # What each file is made with: preset, machine, and what else is asked.
 FILES: dict[str, tuple[str, Machine, dict[str, Any]]] = {
-    "llama-3-6b/llama-3-6b.yaml": ("llama-3-6b", Machine(4, 48, arch="sm_86"), {"overrides": {"micro_batch_size": 2}}),
-    "llama-3-6b/qlora-1x16gb-t4.yaml": ("qlora", Machine(1, 16, arch="sm_75"), {"overrides": {"sequence_len": 4096}}),
+    "llama-3-6b/llama-3-6b.yaml": ("llama-3-6b", Machine(4, 48, arch="sm_86"), {}),
+    "llama-3-6b/qlora-1x16gb-t4.yaml": ("qlora", Machine(1, 16, arch="sm_75"), {"overrides": {"sequence_len": 2048}}),
     "llama-3-6b/qlora-1x24gb.yaml": ("qlora", Machine(1, 24, arch="sm_89"), {}),
     "llama-3-6b/qlora-4x48gb.yaml": ("qlora", Machine(4, 48, arch="sm_86"), {}),
     "llama-3-6b/qlora-2x4x24gb-ray.yaml": ("qlora", Machine(4, 24, 2, "sm_89"), {"ray": True}),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..surgery.errors import DowncycleError
@@ -15,7 +15,9 @@ from .memory import GIB, ModelSize, Training, format_gib, needed_bytes, training
 
 LARGEST_MICRO_BATCH = 16  # more sequences at once win nothing once a GPU is busy
 PARALLEL = ("auto", "ddp", "fsdp2", "zero3")
-USABLE = 0.97  # of a GPU's nominal memory; driver and display take the rest
+USABLE = 0.92  # of the memory that a GPU is sold with: error correction and the driver take the rest
+QLORA = {"adapter": "qlora", "load_in_4bit": True, "lora_r": 128, "lora_target_linear": True, "unfrozen_parameters": None}
+FUSED = {"liger_fused_linear_cross_entropy": True, "eval_batch_size": 1}
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a batch is split, and what it needs on each GPU."""
+    """How a batch is split, and what it needs on each GPU. replicas: how many parts of a batch are trained on at a time."""
 
     micro_batch: int
     accumulation: int
+    replicas: int
     parallel: str  # none, ddp, fsdp2 or zero3
-    training: Training | None  # None where the weights are packed, or on a CPU
+    training: Training | None  # None on a CPU
+
+    @property
+    def batch(self) -> int:
+        """Sequences in one optimiser step."""
+        return self.micro_batch * self.accumulation * self.replicas
 
 
 def check_machine(machine: Machine, parallel: str) -> None:
@@ -69,8 +77,10 @@ def check_machine(machine: Machine, parallel: str) -> None:
         raise DowncycleError(f"--parallel {parallel}: there is one GPU; give more --gpus or --nodes")
 
 
-def fit(size: ModelSize, method: str, settings: Mapping[str, Any], machine: Machine, *, batch: int, micro_batch: int, parallel: str) -> Fit:
-    """Split a batch of `batch` sequences over the machine.
+def fit(
+    size: ModelSize, settings: Mapping[str, Any], machine: Machine, *, batch: int | None, default: int, micro_batch: int, parallel: str
+) -> Fit:
+    """Split a batch of `batch` sequences, or of `default` where the user asked for none, over the machine.
 
     With the GPUs' memory known, the largest micro-batch that fits is taken, unsharded if that fits at all; else `micro_batch` at most.
     A micro_batch_size in `settings` is kept, and so are gradient_accumulation_steps.
@@ -78,78 +88,150 @@ def fit(size: ModelSize, method: str, settings: Mapping[str, Any], machine: Mach
     Raises:
         DowncycleError: the batch cannot be split so, or nothing fits; says what would.
     """
-    sizes, each = _micro_batches(settings, machine, batch)
-    modes = _modes(method, machine, parallel)
-    if size.packed or machine.gpus == 0 or machine.memory is None:
+    replicas = _replicas(settings, machine)
+    sizes, each = _micro_batches(settings, replicas, batch, default)
+    modes = _modes(settings, machine, parallel)
+    if machine.gpus == 0 or machine.memory is None:
         largest = max(sizes[-1], max((n for n in sizes if n <= micro_batch), default=sizes[-1]))
-        needs = None if size.packed or machine.gpus == 0 else estimate(size, method, settings, largest, machine, modes[0])
-        return Fit(largest, each // largest, modes[0], needs)
+        needs = estimate(size, settings, largest, machine, modes[0]) if machine.gpus else None
+        return Fit(largest, each // largest, replicas, modes[0], needs)
     for mode in modes:
         for micro in (n for n in sizes if n <= LARGEST_MICRO_BATCH or len(sizes) == 1):
-            needs = estimate(size, method, settings, micro, machine, mode)
-            if needed_bytes(needs) <= machine.memory * GIB * USABLE:
-                return Fit(micro, each // micro, mode, needs)
-    least = needed_bytes(estimate(size, method, settings, sizes[-1], machine, modes[-1]))
+            needs = estimate(size, settings, micro, machine, mode)
+            if _fits(needs, machine.memory):
+                return Fit(micro, each // micro, replicas, mode, needs)
+    least = needed_bytes(estimate(size, settings, sizes[-1], machine, modes[-1]))
     raise DowncycleError(
-        f"does not fit: {method} training with micro_batch_size {sizes[-1]} and sequence_len {settings['sequence_len']} needs about "
-        f"{format_gib(least)} on each GPU, which has {machine.memory:g} GiB; {_advice(method, machine, modes[-1])}"
+        f"does not fit: {_method(settings)} training with micro_batch_size {sizes[-1]} and sequence_len {settings['sequence_len']} needs "
+        f"about {format_gib(least)} on each GPU, of which {machine.memory:g} GB have {machine.memory * USABLE:.3g} GiB for it; "
+        f"{_advice(size, settings, machine, sizes[-1], modes[-1])}"
     )
 
 
-def _micro_batches(settings: Mapping[str, Any], machine: Machine, batch: int) -> tuple[list[int], int]:
+def _fits(needs: Training, memory: float) -> bool:
+    return needed_bytes(needs) <= memory * GIB * USABLE
+
+
+def _replicas(settings: Mapping[str, Any], machine: Machine) -> int:
+    """How many GPUs, or groups of them that share each sequence, train on parts of their own."""
+    group = (settings.get("context_parallel_size") or 1) * (settings.get("tensor_parallel_size") or 1)
+    replicas, left = divmod(machine.world, group)
+    if left or not replicas:
+        raise DowncycleError(
+            f"context_parallel_size x tensor_parallel_size is {group}, which does not divide {machine.world} GPUs; change them or --gpus"
+        )
+    return replicas
+
+
+def _micro_batches(settings: Mapping[str, Any], replicas: int, batch: int | None, default: int) -> tuple[list[int], int]:
     """Return the micro-batches that a batch can be split into, the largest first, and how many sequences each GPU gets in a step."""
-    each, left = divmod(batch, machine.world)
     given, steps = (settings.get(key) for key in ("micro_batch_size", "gradient_accumulation_steps"))
-    if any(number is not None and (type(number) is not int or number < 1) for number in (given, steps)) or batch < 1:
-        raise DowncycleError(f"--batch {batch}, micro_batch_size {given}, gradient_accumulation_steps {steps}: give whole numbers from 1")
-    if given is not None and steps is not None:
+    named = {"--batch": batch, "micro_batch_size": given, "gradient_accumulation_steps": steps}
+    said = ", ".join(f"{name} {number}" for name, number in named.items() if number is not None)
+    if any(number is not None and (type(number) is not int or number < 1) for number in named.values()):
+        raise DowncycleError(f"{said}: give whole numbers from 1")
+    if given and steps:
+        if batch not in (None, given * steps * replicas):
+            raise DowncycleError(
+                f"{said} and {_gpus(replicas)} contradict each other: leave one out, or ask for {given * steps * replicas}"
+            )
         return [given], given * steps
+    each, left = divmod(batch or default, replicas)
     if left:
         raise DowncycleError(
-            f"a batch of {batch} sequences cannot be split over {machine.world} GPUs; "
-            f"give --batch {' or '.join(str(n * machine.world) for n in (each, each + 1) if n)}"
+            f"a batch of {batch or default} sequences cannot be split over {_gpus(replicas)}; "
+            f"give --batch {' or '.join(str(n * replicas) for n in (each, each + 1) if n)}"
         )
     if each % (given or steps or 1):
         raise DowncycleError(
-            f"{batch} sequences on {machine.world} GPUs are {each} on each, which micro_batch_size {given} or gradient_accumulation_steps "
-            f"{steps} does not divide; change it, or --batch"
+            f"{batch or default} sequences on {_gpus(replicas)} are {each} on each, which "
+            f"{f'micro_batch_size {given}' if given else f'gradient_accumulation_steps {steps}'} does not divide; change it, or --batch"
         )
     return [given] if given else [each // steps] if steps else [n for n in range(each, 0, -1) if each % n == 0], each
 
 
-def estimate(size: ModelSize, method: str, settings: Mapping[str, Any], micro_batch: int, machine: Machine, mode: str) -> Training:
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
+
+
+def estimate(size: ModelSize, settings: Mapping[str, Any], micro_batch: int, machine: Machine, mode: str) -> Training:
     """Estimate what one GPU needs with these settings."""
-    sharded = mode in ("fsdp2", "zero3")
-    optimizer = str(settings.get("optimizer", ""))
-    whole = method in ("full", "tail")
+    optimizer, length = str(settings.get("optimizer", "")), settings["sequence_len"]
+    evaluated = bool(settings.get("val_set_size") or settings.get("test_datasets"))
+    frozen = "nf4" if settings.get("load_in_4bit") else "int8" if settings.get("load_in_8bit") else "bf16"
     return training_bytes(
         size,
-        method,
-        tokens=micro_batch * settings["sequence_len"],
-        rank=settings.get("lora_r") or 0,
-        trained_layers=len([pattern for pattern in settings.get("unfrozen_parameters") or () if re.search(r"\.\d+\.$", pattern)]),
-        adam_bits=8 if "8bit" in optimizer else 16 if whole and not sharded and "32bit" not in optimizer else 32,
+        tokens=micro_batch * length,
+        trained=_trained(size, settings),
+        added=_added(size, settings) if settings.get("adapter") else 0,
+        frozen=frozen,
+        adam_bits=8 if "8bit" in optimizer else 32 if "32bit" in optimizer else None,
         fused_loss=bool(settings.get("liger_fused_linear_cross_entropy") or settings.get("cut_cross_entropy")),
         checkpointing=bool(settings.get("gradient_checkpointing")),
-        shards=machine.world if sharded else 1,
+        evaluated=(settings.get("eval_batch_size") or micro_batch) * length if evaluated else 0,
+        parallel=mode,
+        shards=machine.world,
     )
 
 
-def _modes(method: str, machine: Machine, parallel: str) -> list[str]:
-    """Ways to use the GPUs, the simplest first."""
+def _trained(size: ModelSize, settings: Mapping[str, Any]) -> int:
+    """How many of the model's own parameters are trained."""
+    if settings.get("adapter"):
+        return 0
+    patterns = settings.get("unfrozen_parameters")
+    if not patterns:
+        return size.elements
+    ranged = [re.compile(re.sub(r"\[\d*(:\d*)?\]$", "", pattern).replace(".", r"\.")) for pattern in patterns]
+    return sum(count for name, count in size.parameters.items() if any(pattern.match(name) for pattern in ranged))
+
+
+def _added(size: ModelSize, settings: Mapping[str, Any]) -> int:
+    """How many float32 parameters an adapter has: those of LoRA, and the modules that it trains whole."""
+
+    def named(names: Any, module: str) -> bool:
+        if isinstance(names, str):
+            return bool(re.fullmatch(names, module))
+        return any(module == name or module.endswith(f".{name}") for name in names or ())
+
+    targets, whole = settings.get("lora_target_modules"), settings.get("lora_modules_to_save") or ()
+    everywhere = settings.get("lora_target_linear") or not targets
+    width = size.lora_width(lambda module: bool(everywhere) or named(targets, module))
+    saved = sum(count for name, count in size.parameters.items() if named(whole, name.rpartition(".")[0]))
+    return (settings.get("lora_r") or 0) * width + saved
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    return settings.get("adapter") or ("tail" if settings.get("unfrozen_parameters") else "full")
+
+
+def _modes(settings: Mapping[str, Any], machine: Machine, parallel: str) -> list[str]:
+    """Ways to use the GPUs, the simplest first. A model that is trained whole is sharded: DDP would hold its gradients twice."""
     if machine.world == 1:
         return ["none"]
     if parallel != "auto":
         return [parallel]
-    if machine.memory is None:
-        return ["fsdp2" if method == "full" else "ddp"]
-    return ["ddp", "fsdp2"]
+    if _method(settings) == "full":
+        return ["fsdp2"]
+    return ["ddp"] if machine.memory is None else ["ddp", "fsdp2"]
 
 
-def _advice(method: str, machine: Machine, mode: str) -> str:
-    less = [] if method == "qlora" else ["--preset qlora"]
-    more = [] if mode == "ddp" else ["more --gpus"]
-    return "try " + ", ".join([*less, *more, *(["--parallel fsdp2"] if mode == "ddp" else [])]) + " or --set sequence_len=2048"
+def _advice(size: ModelSize, settings: Mapping[str, Any], machine: Machine, micro: int, mode: str) -> str:
+    """Name the changes that would each make it fit; of each kind the least."""
+    sharding = "fsdp2" if mode in ("none", "ddp") else mode
+    short, lean = {"sequence_len": min(2048, settings["sequence_len"])}, QLORA | FUSED
+    kinds: list[dict[str, tuple[Mapping[str, Any], int, Machine, str]]] = [
+        {"--set micro_batch_size=1": ({}, 1, machine, mode)},
+        {"--set sequence_len=2048": (short, micro, machine, mode)},
+        {"--preset qlora": (lean, 1, machine, mode), "--preset qlora --set sequence_len=2048": (lean | short, 1, machine, mode)},
+        {"--parallel fsdp2": ({}, micro, machine, sharding if machine.world > 1 else mode)},
+        {f"--gpus {n}": ({}, micro, replace(machine, gpus=n), sharding) for n in (2, 4, 8) if n > machine.gpus},
+    ]
+
+    def would_fit(keys: Mapping[str, Any], at_once: int, there: Machine, how: str) -> bool:
+        return _fits(estimate(size, {**settings, **keys}, at_once, there, how), machine.memory or 0)
+
+    fitting = [way for ways in kinds for way in [next((way for way, change in ways.items() if would_fit(*change)), "")] if way]
+    return f"what would fit: {', or '.join(fitting[:3])}" if fitting else "it needs larger GPUs, or a smaller model"
 
 
 def parallel_settings(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ Estimates, each with its formula; knows no recipe and no machine. GiB are 2**30 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -24,25 +26,36 @@ WINDOW_EVERYWHERE = ("mistral", "mixtral", "phi3", "phimoe", "starcoder2")  # a 
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A matrix of a decoder layer, or `count` of them in one tensor (fused experts). routed: a token sees some of these only."""
+
+    module: str
+    count: int
+    rows: int
+    columns: int
+    routed: bool
+
+    @property
+    def elements(self) -> int:
+        """Numbers in all."""
+        return self.count * self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class ModelSize:
     """What of a model decides its memory, in numbers (not bytes).
 
-    elements: all parameters. linear: those in the matrices of decoder layers, which NF4, int8 and LoRA apply to; linear_rows: the outputs
-    of these matrices in all; lora_width: their inputs plus outputs, the LoRA parameters per unit of rank. layer_elements: of each layer.
+    parameters: of each tensor. matrices: those of decoder layers, which NF4, int8 and LoRA apply to. layer_elements: of each layer.
     layer_outputs: what the matrices of the widest layer give for one token. cache: for each layer that has a KV cache, the numbers
     that it keeps for one token, and its window in tokens (0: no limit).
     """
 
-    elements: int
-    linear: int
-    linear_rows: int
-    lora_width: int
+    parameters: Mapping[str, int]
+    matrices: tuple[Matrix, ...]
     layer_elements: tuple[int, ...]
     layer_outputs: int
     hidden: int
     vocab: int
-    head: int
-    tied: bool
     packed: bool
     cache: tuple[tuple[int, int], ...]
 
@@ -51,10 +64,32 @@ class ModelSize:
         """How many decoder layers there are."""
         return len(self.layer_elements)
 
+    @cached_property
+    def elements(self) -> int:
+        """All parameters."""
+        return sum(self.parameters.values())
+
+    @cached_property
+    def linear(self) -> int:
+        """Parameters in the matrices."""
+        return sum(matrix.elements for matrix in self.matrices)
+
+    @property
+    def head(self) -> int:
+        """Parameters of the head, or of the embeddings."""
+        return self.hidden * self.vocab
+
+    def lora_width(self, targeted: Callable[[str], bool] = lambda module: True) -> int:
+        """Inputs plus outputs of the matrices that LoRA is put on, by their modules' names: its parameters per unit of rank."""
+        return sum(matrix.rows + matrix.columns for matrix in self.matrices if not matrix.routed and targeted(matrix.module))
+
 
 @dataclass(frozen=True)
 class Training:
-    """What training needs on one GPU, in bytes."""
+    """What training needs on one GPU, in bytes.
+
+    evaluation: what evaluating needs beyond that, for the fused loss is for training only. loading: what the loading needs beyond that.
+    """
 
     weights: float
     gradients: float
@@ -62,6 +97,8 @@ class Training:
     activations: float
     logits: float
     overhead: float
+    evaluation: float = 0
+    loading: float = 0
 
     @property
     def total(self) -> float:
@@ -74,24 +111,15 @@ def model_size(checkpoint: Checkpoint) -> ModelSize:
     config = _text_config(checkpoint.config)
     stack = split_layers(checkpoint)
     active = _active_share(config)
-    matrices = [matrix for layer in stack.layers for matrix in _matrices(layer)]
+    layers = [tuple(_matrices(number, layer)) for number, layer in enumerate(stack.layers)]
     hidden = _first(config, "hidden_size", "n_embd", "d_model", "dim")
-    vocab = _first(config, "vocab_size")
-    tied = bool(checkpoint.config.get("tie_word_embeddings", config.get("tie_word_embeddings", not _has_head(checkpoint))))
     return ModelSize(
-        elements=checkpoint.num_elements,
-        linear=sum(count * out * inp for _, count, out, inp in matrices),
-        linear_rows=sum(count * out for _, count, out, _ in matrices),
-        lora_width=sum(out + inp for name, count, out, inp in matrices if not _routed(name, count)),
+        parameters={name: prod(tensor.shape) for name, tensor in checkpoint.tensors.items()},
+        matrices=tuple(matrix for matrices in layers for matrix in matrices),
         layer_elements=tuple(sum(prod(tensor.shape) for tensor in layer.values()) for layer in stack.layers),
-        layer_outputs=max(
-            int(sum(count * out * (active if _routed(name, count) else 1) for name, count, out, _ in _matrices(layer)))
-            for layer in stack.layers
-        ),
+        layer_outputs=max(int(sum(m.count * m.rows * (active if m.routed else 1) for m in matrices)) for matrices in layers),
         hidden=hidden,
-        vocab=vocab,
-        head=hidden * vocab,
-        tied=tied,
+        vocab=_first(config, "vocab_size"),
         packed=isinstance(checkpoint.config.get("quantization_config"), dict),
         cache=_cache(config, checkpoint.num_layers, hidden),
     )
@@ -104,7 +132,7 @@ def weight_bytes(size: ModelSize, dtype: str) -> float:
     """
     rest = size.elements - size.linear
     if dtype == "int8":
-        return size.linear + 4 * size.linear_rows + 2 * rest
+        return size.linear + 4 * sum(matrix.count * matrix.rows for matrix in size.matrices) + 2 * rest
     if dtype == "nf4":
         return size.linear * NF4_BITS / 8 + 2 * rest
     return size.elements * {"bf16": 2, "fp32": 4}[dtype]
@@ -117,54 +145,55 @@ def kv_cache_bytes(size: ModelSize, tokens: int, dtype_bytes: int = 2) -> int:
 
 def training_bytes(
     size: ModelSize,
-    method: str,
     *,
     tokens: int,
-    rank: int = 0,
-    trained_layers: int = 0,
-    adam_bits: int = 32,
+    trained: int = 0,
+    added: int = 0,
+    frozen: str = "bf16",
+    adam_bits: int | None = None,
     fused_loss: bool = False,
     checkpointing: bool = True,
+    evaluated: int = 0,
+    parallel: str = "none",
     shards: int = 1,
 ) -> Training:
-    """Estimate what one GPU needs to train with Axolotl in bf16.
+    """Estimate what one GPU needs to train with Axolotl 0.19, which loads weights in bf16 and keeps them so.
 
-    full: bf16 weights and gradients; sharded (FSDP2, ZeRO-3): float32 ones, as accelerate keeps them, and one layer gathered in bf16.
-    tail: the same for head and last layers, the rest frozen. lora, qlora: frozen bf16 or NF4 weights, float32 adapters.
+    DDP holds gradients twice, the second time in the buckets that are sent. ZeRO-3 keeps float32 weights and moments in its optimiser;
+    FSDP2 does not. A sharded model is gathered layer by layer; sharded NF4 weights are loaded whole on each GPU first.
     Activations with checkpointing: the bf16 input of each layer, and of the widest layer its outputs and their gradients (the sb(…)
     terms of Korthikanti et al., arXiv 2205.05198, eq. 2-4, without attention scores, which flash attention never stores).
-    Logits: 12 bytes for each token and vocabulary entry (bf16, float32, log-softmax, gradient), next to nothing with a fused loss.
+    Logits: 12 bytes for each token and vocabulary entry (bf16, float32, log-softmax, gradient), next to nothing with a fused loss; 10 in
+    evaluation, where no loss is fused.
 
     Args:
-        tokens: micro-batch x sequence length.
-        rank: of LoRA, over all matrices of decoder layers that are nn.Linear.
-        trained_layers: of `tail`.
-        adam_bits: of each of the optimiser's two moments.
-        shards: GPUs over which weights, gradients and optimiser are sharded.
+        tokens: micro-batch x sequence length; evaluated: the same in evaluation, 0 where there is none.
+        trained: how many of the model's own parameters are trained; added: float32 ones beside them, as LoRA's are.
+        frozen: bf16, int8 or nf4, how weights are held where none of them is trained.
+        adam_bits: of each of the optimiser's two moments [default: as the parameters'].
+        parallel: none, ddp, fsdp2 or zero3, over `shards` GPUs.
     """
-    float_bytes = 4 if shards > 1 else 2
-    if method in ("lora", "qlora"):
-        trained = rank * size.lora_width
-        frozen = weight_bytes(size, "nf4" if method == "qlora" else "bf16")
-        weights, gradients = frozen + 4 * trained, 4 * trained
-    elif method == "tail":
-        trained = size.head + sum(sorted(size.layer_elements)[-trained_layers:] if trained_layers else ())
-        weights, gradients = 2 * (size.elements - trained) + float_bytes * trained, float_bytes * trained
-    else:
-        trained = size.elements
-        weights, gradients = float_bytes * trained, float_bytes * trained
-    gathered = 2 * (max(size.layer_elements) + size.head) if shards > 1 else 0
+    sharded = parallel in ("fsdp2", "zero3")
+    over = shards if sharded else 1
+    own = 2.0 * size.elements if trained else weight_bytes(size, frozen)
+    moments = (ADAM_BYTES[adam_bits or 16] * trained) + ADAM_BYTES[adam_bits or 32] * added
+    if parallel == "zero3":
+        moments = 12 * trained + 8 * added
+    gathered = 2 * (max(size.layer_elements) + size.head) if sharded else 0
     layer = tokens * 2 * (2 * size.layer_outputs + 12 * size.hidden)
     stored = tokens * 2 * size.hidden * size.layers if checkpointing else layer * size.layers
-    unpacked = 2 * max(size.layer_elements) if method == "qlora" else 0
-    return Training(
-        weights=weights / shards + gathered,
-        gradients=gradients / shards,
-        optimizer=trained * ADAM_BYTES[adam_bits] / shards,
+    unpacked = 2 * max(size.layer_elements) if frozen == "nf4" else 0
+    needs = Training(
+        weights=(own + 4 * added) / over + gathered,
+        gradients=(2 * trained + 4 * added) * (2 if parallel == "ddp" else 1) / over,
+        optimizer=moments / over,
         activations=stored + layer + unpacked,
         logits=tokens * (size.hidden * 8 if fused_loss else size.vocab * 12),
         overhead=OVERHEAD,
     )
+    evaluation = max(0, evaluated * size.vocab * 10 - needs.activations - needs.logits)
+    loading = max(0.0, own - (needs.total - OVERHEAD + evaluation)) if sharded and frozen == "nf4" else 0
+    return replace(needs, evaluation=evaluation, loading=loading)
 
 
 def needed_bytes(training: Training) -> float:
@@ -175,17 +204,17 @@ def needed_bytes(training: Training) -> float:
 def memory_table(size: ModelSize) -> dict[str, Any]:
     """Return the bytes that `downcycle inspect` shows: weights by dtype, KV cache by context, training by method on one GPU.
 
-    Training: one sequence of 8192 tokens, checkpointing, a fused loss, 32-bit Adam; LoRA of rank 128.
+    Training: one sequence of 8192 tokens, checkpointing, a fused loss, no evaluation, Adam; LoRA of rank 128.
     """
     if size.packed:
         return {"kv_cache": {tokens: kv_cache_bytes(size, tokens) for tokens in (1024, 16_384, 131_072)} if size.cache else {}}
+    needs = partial(training_bytes, size, tokens=8192, fused_loss=True)
+    lora = 128 * size.lora_width()
+    methods = {"full": needs(trained=size.elements), "lora": needs(added=lora), "qlora": needs(added=lora, frozen="nf4")}
     return {
         "weights": {dtype: round(weight_bytes(size, dtype)) for dtype in ("bf16", "int8", "nf4")},
         "kv_cache": {tokens: kv_cache_bytes(size, tokens) for tokens in (1024, 16_384, 131_072)} if size.cache else {},
-        "training": {
-            method: round(needed_bytes(training_bytes(size, method, tokens=8192, rank=128, fused_loss=True)))
-            for method in ("full", "lora", "qlora")
-        },
+        "training": {method: round(needed_bytes(training)) for method, training in methods.items()},
     }
 
 
@@ -205,22 +234,12 @@ def _first(config: dict[str, Any], *names: str) -> int:
     return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
 
 
-def _has_head(checkpoint: Checkpoint) -> bool:
-    return any(name.endswith(("lm_head.weight", "embed_out.weight", "output.weight")) for name in checkpoint.tensors)
-
-
-def _matrices(layer: Layer) -> list[tuple[str, int, int, int]]:
-    """The matrices of a layer: name, how many lie in one tensor (fused experts), rows, columns."""
-    return [
-        (name, prod(tensor.shape[:-2]), tensor.shape[-2], tensor.shape[-1])
-        for (_, name), tensor in layer.items()
-        if len(tensor.shape) >= 2 and min(tensor.shape[-2:]) > 1 and "conv" not in name
-    ]
-
-
-def _routed(name: str, count: int) -> bool:
-    """Whether a matrix belongs to experts of which a token sees some."""
-    return count > 1 or ".experts." in f".{name}"
+def _matrices(number: int, layer: Layer) -> Iterator[Matrix]:
+    for (stem, name), tensor in layer.items():
+        if len(tensor.shape) >= 2 and min(tensor.shape[-2:]) > 1 and "conv" not in name:
+            count = prod(tensor.shape[:-2])
+            module = f"{stem}{number}.{name.removesuffix('.weight')}"
+            yield Matrix(module, count, tensor.shape[-2], tensor.shape[-1], routed=count > 1 or ".experts." in f".{name}")
 
 
 def _active_share(config: dict[str, Any]) -> float:

@@ -54,14 +54,11 @@ def tail_parameters(checkpoint: Checkpoint, layers: int) -> list[str]:
     return [f"^{name}$" for name in (*heads, *norms)] + [f"^{stem}{n}." for stem in stack.stems for n in range(depth - layers, depth)]
 
 
-def unfit_keys(model_type: str, config: dict[str, Any], gpus: int, ampere: bool) -> dict[str, str]:
-    """Return the kernels' keys that do not suit a family or a machine, each with the reason."""
+def unfit_keys(model_type: str, config: dict[str, Any], gpus: int) -> list[str]:
+    """Return the kernels' keys that do not suit a family, or a machine without a GPU, which Triton's kernels need."""
     liger = [key for key in config if key.startswith("liger_")]
     kernels = [key for key in config if re.fullmatch(r"lora_(mlp|qkv|o|embedding)_kernel", key)]
-    if gpus == 0:
-        return dict.fromkeys([*liger, *kernels], "Triton kernels need a GPU")
-    unfit = dict.fromkeys(liger, f"Liger has no kernels for {model_type}") if model_type not in LIGER else {}
-    return unfit | (dict.fromkeys(kernels, f"no LoRA kernels for {model_type}") if model_type not in LORA_KERNELS else {})
+    return (liger if not gpus or model_type not in LIGER else []) + (kernels if not gpus or model_type not in LORA_KERNELS else [])
 
 
 def _read(checkpoint: Checkpoint, path: str) -> dict[str, Any]:

@@ -26,7 +26,6 @@ class Preset:
     """
 
     purpose: str
-    method: str  # full, lora, qlora or tail: how its memory is reckoned
     settings: Mapping[str, Setting]
     batch: int = 64
     micro_batch: int = 2
@@ -43,7 +42,7 @@ SHARED = {
     "sequence_len": Setting(8192),
     "sample_packing": Setting(True, "documents share a sequence and do not see each other: no pad token is ever trained on"),
     "pad_to_sequence_len": Setting(True, "equal shapes: no fragmented memory"),
-    "eval_sample_packing": Setting(False, "a small held-out set does not fill packed batches"),
+    "eval_sample_packing": Setting(True),
     "val_set_size": Setting(0.001),
     "num_epochs": Setting(1, "new text heals more than the same text again"),
     "optimizer": Setting("adamw_torch_fused"),
@@ -59,7 +58,8 @@ SHARED = {
     "plugins": Setting(["axolotl.integrations.liger.LigerPlugin"]),
     "liger_rope": Setting(True),
     "liger_rms_norm": Setting(True),
-    "liger_fused_linear_cross_entropy": Setting(True, "never stores the logits: 12 bytes x vocabulary saved for each token"),
+    "liger_fused_linear_cross_entropy": Setting(True, "training stores no logits: 12 bytes x vocabulary saved for each token"),
+    "eval_batch_size": Setting(1, "evaluation does store them"),
     "evals_per_epoch": Setting(4),
     "saves_per_epoch": Setting(4),
     "save_total_limit": Setting(2),
@@ -88,16 +88,17 @@ QLORA = {
 
 WHOLE = {
     "liger_glu_activation": Setting(True),
+    "optimizer": Setting("adamw_torch_fused", "its state, as the weights, in bf16: Axolotl keeps no float32 copy"),
     "learning_rate": Setting(1e-4, "the peak rate of Minitron's healing (arXiv 2407.14679); halve it if the loss jumps"),
     "weight_decay": Setting(0.1),
 }
 
 STREAM = {
-    "streaming": Setting(True, "text comes from the Hub while training; nothing is stored"),
+    "streaming": Setting(True, "text is read and tokenised while training; nothing is stored"),
     "val_set_size": Setting(0, "a stream has no end to take a part of; name test_datasets for a held-out loss"),
     "save_steps": Setting(500),
 }
-WITHOUT_EPOCHS = ("num_epochs", "evals_per_epoch", "saves_per_epoch", "eval_sample_packing")
+WITHOUT_EPOCHS = ("num_epochs", "evals_per_epoch", "saves_per_epoch", "eval_sample_packing", "eval_batch_size")
 
 PUBLISHED = _plain(
     load_in_4bit=True,
@@ -109,6 +110,7 @@ PUBLISHED = _plain(
     lora_alpha=128,
     lora_dropout=0.05,
     lora_target_linear=True,
+    micro_batch_size=2,
     num_epochs=2,
     optimizer="paged_adamw_32bit",
     lr_scheduler="cosine",
@@ -130,26 +132,24 @@ PUBLISHED = _plain(
     "lora_qkv_kernel": Setting(False),
     "lora_o_kernel": Setting(False),
     "lora_embedding_kernel": Setting(False),
-    "wandb_project": Setting("llama-3-6b"),
+    "wandb_project": Setting("llama-3-6b", "`wandb login` first; or WANDB_MODE=offline, or --set wandb_project=null"),
 }
 
 PRESETS = {
-    "qlora": Preset("heal with LoRA on NF4 weights: least memory", "qlora", SHARED | ADAPTER | QLORA),
-    "lora": Preset("heal with LoRA on bf16 weights: exact weights beneath, more memory", "lora", SHARED | ADAPTER | _plain(adapter="lora")),
-    "full": Preset("train every weight: heals best, needs most memory", "full", SHARED | WHOLE),
+    "qlora": Preset("heal with LoRA on NF4 weights: least memory", SHARED | ADAPTER | QLORA),
+    "lora": Preset("heal with LoRA on bf16 weights: exact weights beneath, more memory", SHARED | ADAPTER | _plain(adapter="lora")),
+    "full": Preset("train every weight: heals best, needs most memory", SHARED | WHOLE),
     "tail": Preset(
         "train the head and the last layers in full, the rest frozen: cheap, and good after dropping the last layers",
-        "tail",
         SHARED | WHOLE,
         trained_layers=3,
     ),
     "stream": Preset(
-        "heal with QLoRA on FineWeb as it comes from the Hub",
-        "qlora",
+        "heal with QLoRA on text as it comes, FineWeb from the Hub unless told otherwise",
         {key: setting for key, setting in (SHARED | ADAPTER | QLORA | STREAM).items() if key not in WITHOUT_EPOCHS},
         dataset="HuggingFaceFW/fineweb:CC-MAIN-2024-10",
     ),
-    "llama-3-6b": Preset("heal as Llama-3-6B was, value for value", "qlora", PUBLISHED, gpus=4),
+    "llama-3-6b": Preset("heal as Llama-3-6B was, value for value", PUBLISHED, gpus=4),
 }
 
 # The file's blocks, in order: each key stands in the first that names it, and keys that none names stand in the last.
@@ -157,7 +157,7 @@ BLOCKS = {
     "model": ("base_model", "tokenizer_config", "trust_remote_code", "special_tokens"),
     "data": (
         *("datasets", "pretraining_dataset", "test_datasets", "streaming", "dataset_prepared_path", "sequence_len", "sample_packing"),
-        *("pad_to_sequence_len", "eval_sample_packing", "val_set_size", "train_on_inputs", "group_by_length"),
+        *("pad_to_sequence_len", "eval_sample_packing", "eval_batch_size", "val_set_size", "train_on_inputs", "group_by_length"),
     ),
     "what is trained": (
         *("adapter", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "peft_use_rslora", "peft_use_dora", "lora_dropout"),

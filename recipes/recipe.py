@@ -35,7 +35,7 @@ class Recipe:
     size: ModelSize
     machine: Machine
     fit: Fit
-    tokens: int | None
+    text: TextSource
 
     @property
     def config(self) -> dict[str, Any]:
@@ -79,20 +79,18 @@ def make_recipe(
     if not isinstance(dataset, TextSource):
         dataset = find_text(dataset or chosen.dataset, streaming="streaming" in chosen.settings)
     settings = dict(chosen.settings) | _model_settings(model, base_model, preset, chosen) | _text_settings(dataset, chosen)
-    settings = _adapt(settings, model, machine)
+    settings = _adapt(settings, model, machine, preset)
     size = model_size(model)
     if size.packed:
         raise DowncycleError(f"{base_model}: its weights are quantised already, and cannot be trained; cut and heal the unquantised model")
     overrides = overrides or {}
     values = {key: setting.value for key, setting in _override(settings, overrides).items()}
-    _check_values(values)
-    split = fit(size, chosen.method, values, machine, batch=batch or chosen.batch, micro_batch=chosen.micro_batch, parallel=parallel)
+    _check_values(values, model)
+    split = fit(size, values, machine, batch=batch, default=chosen.batch, micro_batch=chosen.micro_batch, parallel=parallel)
     settings |= _machine_settings(split, values, machine, ray)
-    if "streaming" in settings:
-        steps = ENOUGH_TOKENS // (split.micro_batch * split.accumulation * machine.world * values["sequence_len"])
-        settings["max_steps"] = Setting(max(1, steps), f"{ENOUGH_TOKENS:,} tokens; a stream has no end")
+    settings |= _amount_settings(settings, split, values, dataset)
     settings = _override(settings, overrides)
-    recipe = Recipe(preset, settings, base_model, size, machine, split, dataset.tokens)
+    recipe = Recipe(preset, settings, base_model, size, machine, split, dataset)
     _check(recipe)
     return recipe
 
@@ -104,21 +102,24 @@ def slug(base_model: str) -> str:
 
 def _model_settings(model: Checkpoint, base_model: str, preset: str, chosen: Preset) -> dict[str, Setting]:
     name = slug(base_model)
-    settings = {
-        "base_model": Setting(base_model),
-        "output_dir": Setting(f"outputs/{name}" if preset != "tail" and chosen.method != "full" else f"outputs/{name}-{preset}"),
-    }
+    outputs = {"qlora": name, "llama-3-6b": f"{name}-published"}.get(preset, f"{name}-{preset}")
+    settings = {"base_model": Setting(base_model), "output_dir": Setting(f"outputs/{outputs}")}
     if "streaming" not in chosen.settings:
         settings["dataset_prepared_path"] = Setting(f"outputs/{name}-prepared")
     if pad := pad_token(model):
         settings["special_tokens"] = Setting({"pad_token": pad}, "one that the vocabulary has: a new one would grow the embeddings")
-    if chosen.method == "tail":
+    if chosen.trained_layers:
         last = min(chosen.trained_layers, model.num_layers)
         settings["unfrozen_parameters"] = Setting(tail_parameters(model, last), "regular expressions; Axolotl takes a dot for a dot")
-    stated = (model.config.get("text_config") or model.config).get("max_position_embeddings")
-    if isinstance(stated, int) and 0 < stated < chosen.settings["sequence_len"].value:
-        settings["sequence_len"] = Setting(stated, "as long as the model's positions go")
+    if (longest := _positions(model)) and longest < chosen.settings["sequence_len"].value:
+        settings["sequence_len"] = Setting(longest, "as long as the model's positions go")
     return settings
+
+
+def _positions(model: Checkpoint) -> int:
+    """How long a sequence the model was made for, 0 where its config does not say."""
+    stated = (model.config.get("text_config") or model.config).get("max_position_embeddings")
+    return stated if type(stated) is int and stated > 0 else 0
 
 
 def _text_settings(text: TextSource, chosen: Preset) -> dict[str, Setting]:
@@ -130,13 +131,11 @@ def _text_settings(text: TextSource, chosen: Preset) -> dict[str, Setting]:
     return settings
 
 
-def _adapt(settings: dict[str, Setting], model: Checkpoint, machine: Machine) -> dict[str, Setting]:
-    """Take out what the model's family or the machine has not, and say why."""
+def _adapt(settings: dict[str, Setting], model: Checkpoint, machine: Machine, preset: str) -> dict[str, Setting]:
+    """Take out what the model's family or the machine has not, or put what it has in its place."""
     config = model.config.get("text_config") or model.config
-    for key, reason in unfit_keys(str(config.get("model_type")), settings, machine.gpus, machine.ampere).items():
-        if key.startswith("lora_") and settings[key].value is not False and machine.gpus == 0:
-            settings[key] = Setting(False, reason)
-        elif settings[key].value is not False:
+    for key in unfit_keys(str(config.get("model_type")), settings, machine.gpus):
+        if settings[key].value is not False:
             del settings[key]
     if not any(key.startswith("liger_") for key in settings):
         settings.pop("plugins", None)
@@ -145,6 +144,8 @@ def _adapt(settings: dict[str, Setting], model: Checkpoint, machine: Machine) ->
     settings.pop("tf32", None)
     settings["attn_implementation"] = Setting("sdpa", "flash attention 2 needs a GPU of sm_80 or newer")
     settings["bf16"] = Setting(False)
+    if machine.gpus and "adapter" not in settings:
+        raise DowncycleError(f"--preset {preset}: {machine.arch} has no bf16, and fp16 is no good for whole weights; take --preset qlora")
     if machine.gpus:
         return settings | {"fp16": Setting(True, f"{machine.arch} has no bf16")}
     for key in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
@@ -162,23 +163,34 @@ def _adapt(settings: dict[str, Setting], model: Checkpoint, machine: Machine) ->
 
 
 def _machine_settings(split: Fit, values: dict[str, Any], machine: Machine, ray: bool) -> dict[str, Setting]:
-    batch = split.micro_batch * split.accumulation * machine.world
+    parts = f"x {split.replicas} GPUs " if split.replicas > 1 else ""
     settings = {
         "micro_batch_size": Setting(split.micro_batch),
-        "gradient_accumulation_steps": Setting(split.accumulation, f"x {machine.world} GPUs x micro-batch: {batch} sequences in one step"),
+        "gradient_accumulation_steps": Setting(split.accumulation, f"{parts}x micro-batch: {split.batch} sequences in one step"),
     }
     settings |= {key: Setting(value) for key, value in parallel_settings(split.parallel, values).items()}
     if split.parallel == "fsdp2" and "paged" in str(values["optimizer"]):
         settings["optimizer"] = Setting("adamw_torch_fused", "its state is sharded already; bitsandbytes' paged one is not made for FSDP2")
     if ray:
-        if machine.gpus == 0:
-            raise DowncycleError("--ray: needs GPUs; leave it out for a CPU")
+        if machine.world == 1:
+            raise DowncycleError("--ray: needs several GPUs; leave it out for one, and for a CPU")
         settings |= {
             "use_ray": Setting(True),
             "ray_num_workers": Setting(machine.world),
             "resources_per_worker": Setting({"GPU": 1}),
         }
     return settings
+
+
+def _amount_settings(settings: Mapping[str, Setting], split: Fit, values: dict[str, Any], text: TextSource) -> dict[str, Setting]:
+    """The keys that follow how much text there is: where a stream ends, and whether what is held out fills packed batches."""
+    if "streaming" in settings:
+        tokens = text.tokens or ENOUGH_TOKENS
+        return {"max_steps": Setting(max(1, tokens // (split.batch * values["sequence_len"])), f"{tokens:,} tokens; a stream has no end")}
+    held_out = text.held_out if text.test else (text.tokens or 0) * (values.get("val_set_size") or 0)
+    if settings.get("eval_sample_packing") and (held_out or 0) < 4 * split.replicas * values["sequence_len"]:
+        return {"eval_sample_packing": Setting(False, "the held-out text might not fill packed batches")}
+    return {}
 
 
 def _override(settings: Mapping[str, Setting], overrides: Mapping[str, Any]) -> dict[str, Setting]:
@@ -198,6 +210,8 @@ def _set(settings: dict[str, Setting], key: str, value: Any) -> None:
             settings[first] = Setting(value, USER)
         return
     whole = deepcopy(settings[first].value) if first in settings else {}
+    if not whole and rest[0].isdecimal():
+        raise DowncycleError(f"--set {key}: there is no list {first} here; set it whole")
     inner = whole
     for part in rest[:-1]:
         inner = inner[_place(inner, part, key)] if isinstance(inner, list) else inner.setdefault(part, {})
@@ -217,10 +231,17 @@ def _place(inner: Any, part: str, key: str) -> Any:
     raise DowncycleError(f"--set {key}: there is no {part!r} to set in {str(inner)[:60]!r}")
 
 
-def _check_values(values: dict[str, Any]) -> None:
+def _check_values(values: dict[str, Any], model: Checkpoint) -> None:
+    """Refuse values of the wrong kind before they are reckoned with."""
+    if faults := check_keys(values):
+        raise DowncycleError("; ".join(faults))
     length = values.get("sequence_len")
     if type(length) is not int or length < 1:
         raise DowncycleError(f"sequence_len {length!r}: give a number of tokens, like 4096")
+    longest = _positions(model)
+    stretched = "rope" in str(values.get("overrides_of_model_config")) + str(values.get("overrides_of_model_kwargs"))
+    if longest and length > longest and not stretched:
+        raise DowncycleError(f"sequence_len {length}: the model has {longest} positions; give at most so many, or stretch its rope first")
 
 
 def _check(recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from hashlib import sha256
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from ..surgery.naming import format_size
@@ -34,27 +35,37 @@ def _digest(body: str) -> str:
 
 
 def _head(recipe: Recipe, path: str) -> list[str]:
-    preset, config = PRESETS[recipe.preset], recipe.config
-    model, path = shlex.quote(recipe.base_model), shlex.quote(path)
+    preset, path = PRESETS[recipe.preset], shlex.quote(path)
     layers = f"{recipe.size.layers} layer{'s' if recipe.size.layers > 1 else ''}"
     lines = [
         f"{recipe.base_model} ({format_size(recipe.size.elements)} parameters, {layers}): {preset.purpose}.",
         f"Written by downcycle {version('downcycle')}, preset {recipe.preset}, for Axolotl 0.19.",
         "",
-        *_launch(recipe.machine, recipe.fit.parallel, bool(config.get("use_ray")), path),
+        *([] if Path(recipe.base_model).is_absolute() else [f"In the folder where {recipe.base_model} lies:"]),
+        *_launch(recipe, path),
+        *_after(recipe),
+        "",
+        _batch(recipe),
+        *_memory(recipe),
     ]
-    if config.get("adapter"):
-        adapter, healed = (shlex.quote(name) for name in (str(config.get("output_dir")), recipe.base_model.rstrip("/") + "-healed"))
-        lines.append(f"  downcycle merge {model} {adapter} --out {healed}")
-    lines += ["", _batch(recipe), *_memory(recipe)]
     return [f"# {printable(line)}".rstrip() for line in lines]
 
 
-def _launch(machine: Machine, parallel: str, ray: bool, path: str) -> list[str]:
+def _after(recipe: Recipe) -> list[str]:
+    """What comes after the training."""
+    outputs, healed = str(recipe.config.get("output_dir")), recipe.base_model.rstrip("/") + "-healed"
+    if not recipe.config.get("adapter"):
+        return [f"The healed model is {outputs} then{'' if recipe.machine.gpus else ', in float32'}."]
+    return [f"  downcycle merge {shlex.quote(recipe.base_model)} {shlex.quote(outputs)} --out {shlex.quote(healed)}"]
+
+
+def _launch(recipe: Recipe, path: str) -> list[str]:
     """The command that trains, for one process, several GPUs, several nodes, or Ray."""
-    if ray:
+    machine = recipe.machine
+    if recipe.config.get("use_ray"):
         start = ["  ray start --head                      # on the first node", "  ray start --address FIRST:6379        # on every other"]
-        return [*(start if machine.nodes > 1 else []), f"  axolotl train {path}"]
+        shared = ["Text, model and outputs must lie where every node sees them."]
+        return [*([*start, *shared] if machine.nodes > 1 else []), f"  axolotl train {path} --use-ray --ray-num-workers {machine.world}"]
     if machine.gpus == 0:
         return [f"  axolotl train {path} --launcher python"]
     if machine.nodes > 1:
@@ -62,22 +73,34 @@ def _launch(machine: Machine, parallel: str, ray: bool, path: str) -> list[str]:
             f"--nnodes {machine.nodes} --nproc_per_node {machine.gpus} --rdzv_backend c10d --rdzv_id heal --rdzv_endpoint FIRST:29400"
         )
         return [
-            f"On each of the {machine.nodes} nodes, FIRST being the address of one of them:",
+            f"on each of the {machine.nodes} nodes, FIRST being the address of one of them:",
             f"  torchrun {rendezvous} -m axolotl.cli.train {path}",
         ]
     if machine.gpus > 1:
         return [f"  axolotl train {path} --launcher torchrun -- --nproc_per_node {machine.gpus}"]
-    return [f"  axolotl train {path}"]
+    return [f"  axolotl train {path}        # takes all GPUs there are: show it one, with CUDA_VISIBLE_DEVICES=0"]
 
 
 def _batch(recipe: Recipe) -> str:
-    split, machine, length = recipe.fit, recipe.machine, recipe.config["sequence_len"]
-    batch = split.micro_batch * split.accumulation * machine.world
+    """How a step's batch comes about, and how many steps there are."""
+    split, config = recipe.fit, recipe.config
     ways = {"none": "", "ddp": ", DDP", "fsdp2": ", sharded by FSDP2", "zero3": ", sharded by DeepSpeed ZeRO-3"}[split.parallel]
-    line = f"Batch: {batch} sequences = {_processes(machine)} x {split.micro_batch} x {split.accumulation} steps accumulated{ways}; "
-    line += f"{'' if recipe.config.get('sample_packing') else 'up to '}{batch * length:,} tokens."
-    if recipe.tokens:
-        line += f" {recipe.tokens:,} tokens of text: about {-(-recipe.tokens // (batch * length)):,} steps an epoch."
+    group = recipe.machine.world // split.replicas
+    shared = f", {group} to each sequence," if group > 1 else ""
+    tokens = split.batch * config["sequence_len"]
+    line = (
+        f"Batch: {split.batch} sequences = {_processes(recipe.machine)}{shared} x {split.micro_batch} x {split.accumulation} steps "
+        f"accumulated{ways}; {'' if config.get('sample_packing') else 'up to '}{tokens:,} tokens."
+    )
+    if not recipe.text.tokens:
+        return line
+    steps = -(-recipe.text.tokens // tokens)
+    if not config.get("sample_packing"):  # each document is a sequence of its own, or more than one
+        steps = max(steps, -(-(recipe.text.documents or 0) // split.batch))
+    line += f" {recipe.text.tokens:,} tokens of text: about {steps:,} step{'s' if steps > 1 else ''} an epoch."
+    run = config.get("max_steps") or steps * (config.get("num_epochs") or 1)
+    if (config.get("warmup_steps") or 0) >= run:
+        line += f" All {run} steps of this run are warm-up: set warmup_steps lower."
     return line
 
 
@@ -93,11 +116,13 @@ def _memory(recipe: Recipe) -> list[str]:
     lines = []
     if training:
         has = f" of {recipe.machine.memory:g}" if recipe.machine.memory else ""
-        lines.append(f"Training needs about {needed_bytes(training) / GIB:.1f}{has} GiB on each GPU: {_parts(training)}.")
-    if not size.packed:
-        cache = f"; KV cache {format_gib(kv_cache_bytes(size, 8192))} for 8192 tokens" if size.cache else ""
-        weights = ", ".join(f"{dtype} {format_gib(weight_bytes(size, dtype))}" for dtype in ("bf16", "int8", "nf4"))
-        lines.append(f"The model needs: {weights}{cache}.")
+        total = needed_bytes(training)
+        spare = f", fragments {(total - training.total) / GIB:.1f}"
+        lines.append(f"Training needs about {total / GIB:.1f}{has} GiB on each GPU: {_parts(training)}{spare}.")
+    length = recipe.config["sequence_len"]
+    cache = f"; KV cache {format_gib(kv_cache_bytes(size, length))} for {length} tokens" if size.cache else ""
+    weights = ", ".join(f"{dtype} {format_gib(weight_bytes(size, dtype))}" for dtype in ("bf16", "int8", "nf4"))
+    lines.append(f"The model needs: {weights}{cache}.")
     return lines
 
 

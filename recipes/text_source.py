@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..surgery.errors import DowncycleError
 
 REPORT = "downcycle-data.json"
+COUNTED = {"prince-canuma/fineweb-CC-MAIN-2024-10-1B-en": 1_000_000_000}  # training tokens of Hub data sets, as their cards say
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Text to train on. train, test: entries for Axolotl's lists; test is None where there is no held-out part. tokens: where counted."""
+    """Text to train on. train, test: entries for Axolotl's lists; test is None where there is no held-out part.
+
+    tokens, documents: to train on, where counted. held_out: tokens held out, where counted.
+    """
 
     train: dict[str, Any]
     test: dict[str, Any] | None = None
     tokens: int | None = None
+    documents: int | None = None
+    held_out: int | None = None
 
 
 def find_text(dataset: str, streaming: bool = False) -> TextSource:
@@ -41,18 +47,20 @@ def find_text(dataset: str, streaming: bool = False) -> TextSource:
         source = _hub(dataset)
     if not streaming:
         text = {"type": "completion"}
-        return TextSource(source.train | text, source.test and source.test | text, source.tokens)
-    return TextSource(source.train | {"type": "pretrain", "text_column": "text"}, None, source.tokens)
+        return replace(source, train=source.train | text, test=source.test and source.test | text)
+    return replace(source, train=source.train | {"type": "pretrain", "text_column": "text"}, test=None)
 
 
 def _folder(dataset: str, path: Path) -> TextSource:
     if (path / REPORT).is_file():
         try:
             report = json.loads((path / REPORT).read_text())
-            tokens = report["splits"]["train"]["tokens"]
+            train, test = (report["splits"][name] for name in ("train", "test"))
+            counts = {"tokens": train["tokens"], "documents": train["documents"], "held_out": test["tokens"]}
         except (ValueError, KeyError, TypeError) as error:
             raise DowncycleError(f"{path / REPORT}: not a report of `downcycle data` ({error}); make the data again") from error
-        return TextSource({"path": dataset, "split": "train"}, {"path": dataset, "split": "test"}, tokens)
+        held_out = {"path": dataset, "split": "test"} if counts["held_out"] else None
+        return TextSource({"path": dataset, "split": "train"}, held_out, **counts)
     if not any(file.suffix in FILE_KINDS for file in path.rglob("*")):
         raise DowncycleError(f"--dataset {dataset}: a folder without {', '.join(FILE_KINDS)} files; make one with `downcycle data`")
     return TextSource({"path": dataset, "split": "train"})
@@ -70,4 +78,5 @@ def _hub(dataset: str) -> TextSource:
         raise DowncycleError(
             f"--dataset {dataset}: no such folder or file, and not a Hub id (USER/NAME or USER/NAME:CONFIG); check the path"
         )
-    return TextSource({"path": match[1], **({"name": match[2]} if match[2] else {}), "split": "train"})
+    entry = {"path": match[1], **({"name": match[2]} if match[2] else {}), "split": "train"}
+    return TextSource(entry, tokens=COUNTED.get(dataset))

@@ -186,8 +186,19 @@ def _names() -> dict[str, list[str]]:
         "save_strategy": [item.value for item in SaveStrategy],
         "hub_strategy": [item.value for item in HubStrategy],
         "model_type": [*(name for name in public if re.match(heads, name)), "MambaLMHeadModel"],
+        "layer_class": _layer_classes(),
         "tokenizer_type": [name for name in public if re.match(r"\w+Tokenizer(Fast)?$", name)],
     }
+
+
+def _layer_classes() -> list[str]:
+    """Names of the classes that FSDP may wrap, from the text of the models' code: importing hundreds of models takes minutes."""
+    import axolotl
+    import transformers
+
+    trees = [(transformers, "models/*/modeling_*.py"), (axolotl, "**/*model*.py")]
+    files = [file for package, pattern in trees for file in Path(package.__path__[0]).glob(pattern)]
+    return sorted({name for file in files for name in re.findall(r"^class (\w+(?:Layer|Block))\(", file.read_text("utf-8"), re.M)})
 
 
 def _strategies() -> Iterator[str]:

@@ -27,7 +27,8 @@ def faults_of(config: dict[str, Any], capabilities: dict[str, Any]) -> list[str]
 
     faults = _register(config)
     model = merge_input_args()[0]
-    faults += [f"{key}: neither Axolotl nor a plugin of this config has such a key" for key in config if key not in _keys_of(model)]
+    unknown = [key for key, value in config.items() if value is not None and key not in _keys_of(model)]
+    faults += [f"{key}: neither Axolotl nor a plugin of this config has such a key" for key in unknown]
     environment = {"torch_version": str(torch.__version__).split("+", maxsplit=1)[0]}
     try:
         validate_config(DictDefault(copy.deepcopy(config)), capabilities=capabilities, env_capabilities=environment)

@@ -15,8 +15,8 @@ from .axolotl_schema import load_keys
 from .data_conflicts import data_faults, number
 from .hardware import hardware_faults
 from .keys import plugins_of
+from .names import modern, nearest
 from .sharding import sharding_faults
-from .values import nearest
 
 Config = dict[str, Any]
 Rule = Callable[[Config], Iterator[str]]
@@ -32,6 +32,7 @@ EXCLUSIVE = (
     ("lr_groups", "loraplus_lr_ratio", "Axolotl refuses both"),
     ("embedding_lr", "embedding_lr_scale", "only the scale is followed"),
     ("load_in_4bit", "load_in_8bit", "weights have one format"),
+    ("fp16", "bf16", "bf16 wins silently"),
     ("datasets", "pretraining_dataset", "Axolotl trains on pretraining_dataset only, silently"),
 )
 RANGES = {  # key: (least, most, whether the least itself is allowed)
@@ -56,6 +57,27 @@ RANGES = {  # key: (least, most, whether the least itself is allowed)
     "adam_beta2": (0, 1, True),
     "save_steps": (0, 1e9, True),
     "eval_steps": (0, 1e9, True),
+    "max_steps": (-1, 1e12, True),
+    "dataloader_num_workers": (0, 1e4, True),
+    "dataloader_prefetch_factor": (1, 1e6, True),
+}
+# What Weights & Biases, torch.utils.checkpoint and bitsandbytes know, where Axolotl hands on anything.
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+HANDED_ON = {
+    "gradient_checkpointing_kwargs": ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"),
+    "bnb_config_kwargs": (
+        "load_in_8bit",
+        "load_in_4bit",
+        "llm_int8_threshold",
+        "llm_int8_skip_modules",
+        "llm_int8_enable_fp32_cpu_offload",
+        "llm_int8_has_fp16_weight",
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "bnb_4bit_quant_storage",
+        "blocksize",  # read by Axolotl itself, when it merges
+    ),
 }
 
 
@@ -64,7 +86,8 @@ def conflicts(config: Config, gpus: int = 1, arch: str = "sm_80") -> list[str]:
 
     Errors: DowncycleError where `arch` is no compute capability.
     """
-    rules: tuple[Rule, ...] = (_names, _exclusive, _ranges, _adapter, _adapter_keys, _quantisation, _adapter_limits, data_faults)
+    config = modern(config)
+    rules: tuple[Rule, ...] = (_names, _handed_on, _exclusive, _ranges, _adapter, _adapter_keys, _quantisation, _adapter_limits, data_faults)
     faults = [fault for rule in (*rules, _schedule, _precision, _losses, _output) for fault in rule(config)]
     return list(dict.fromkeys([*faults, *sharding_faults(config, gpus), *hardware_faults(config, gpus, arch)]))
 
@@ -95,9 +118,20 @@ def _names(config: Config) -> Iterator[str]:
         yield f"adapter: {adapter!r} is none that Axolotl knows, and no plugin is listed{nearest(str(adapter), ['lora', 'qlora'])}"
 
 
+def _handed_on(config: Config) -> Iterator[str]:
+    mode = config.get("wandb_mode")
+    if isinstance(mode, str) and mode and mode not in WANDB_MODES:
+        yield f"wandb_mode: {mode!r} is none of {', '.join(WANDB_MODES)}{nearest(mode, WANDB_MODES)}"
+    for key, names in HANDED_ON.items():
+        given = config.get(key)
+        for name in given if isinstance(given, dict) else ():
+            if name not in names:
+                yield f"{key}.{name}: no such setting; there are {', '.join(names)}{nearest(str(name), names)}"
+
+
 def _exclusive(config: Config) -> Iterator[str]:
     for first, second, what in EXCLUSIVE:
-        if config.get(first) and config.get(second):
+        if config.get(first) and config.get(second) and not (second == "bf16" and config["bf16"] == "auto"):
             yield f"{first}: not together with {second}; {what}"
 
 
@@ -182,8 +216,11 @@ def _adapter_limits(config: Config) -> Iterator[str]:
             yield "jagged_restart_steps: missing; relora needs it"
     if config.get("lora_target_parameters") and config.get("lora_dropout"):
         yield "lora_dropout: must be 0 with lora_target_parameters"
-    if config.get("trust_remote_code") and any(config.get(key) for key in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")):
-        yield "lora_mlp_kernel: Axolotl's LoRA kernels do not know a model with code of its own; write lora_*_kernel: false"
+    kernel = next((key for key in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel") if config.get(key)), None)
+    if kernel and config.get("trust_remote_code"):
+        yield f"{kernel}: Axolotl's LoRA kernels do not know a model with code of its own; write lora_*_kernel: false"
+    if kernel and config.get("adapter") == "lora" and config.get("load_in_8bit"):
+        yield f"{kernel}: Axolotl's LoRA kernels cannot read 8-bit weights, and it refuses load_in_8bit with them; write lora_*_kernel: false"
 
 
 def _schedule(config: Config) -> Iterator[str]:
@@ -194,9 +231,6 @@ def _schedule(config: Config) -> Iterator[str]:
                 yield f"{key}: not read with lr_scheduler: {scheduler}; write lr_scheduler: cosine"
     if config.get("cosine_constant_lr_ratio") and not config.get("cosine_min_lr_ratio"):
         yield "cosine_constant_lr_ratio: not read without cosine_min_lr_ratio"
-    if str(config.get("gradient_checkpointing")).startswith("offload"):
-        new = "disk" if config["gradient_checkpointing"] == "offload_disk" else "true"
-        yield f"gradient_checkpointing: an old value; write gradient_checkpointing: true and activation_offloading: {new}"
     if config.get("activation_offloading") and not config.get("gradient_checkpointing"):
         yield "activation_offloading: needs gradient_checkpointing: true"
 

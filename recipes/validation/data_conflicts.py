@@ -8,9 +8,14 @@ from typing import Any
 
 from .axolotl_schema import load_keys
 from .hardware import attention
-from .values import nearest
+from .names import nearest
 
 Config = dict[str, Any]
+
+FILE_TYPES = (  # what the datasets library reads files as
+    "json csv parquet arrow text pandas xml hdf5 webdataset lance eval imagefolder audiofolder videofolder pdffolder niftifolder"
+).split()
+SUFFIXES = {"jsonl": "json", "ndjson": "json", "json.gz": "json", "tsv": "csv", "txt": "text", "pickle": "pandas", "image": "imagefolder"}
 
 
 def data_faults(config: Config) -> Iterator[str]:
@@ -42,6 +47,10 @@ def _data(config: Config) -> Iterator[str]:
         for place, entry in enumerate(entries(config, key)):
             if not entry.get("path") and entry.get("type") != "_synthetic":
                 yield f"{key}[{place}].path: missing; give a folder, a file or a Hub id"
+            kind = entry.get("ds_type")
+            if isinstance(kind, str) and kind and kind not in FILE_TYPES and "/" not in kind:
+                hint = f"; write {SUFFIXES[kind]}" if kind in SUFFIXES else nearest(kind, FILE_TYPES)
+                yield f"{key}[{place}].ds_type: {kind!r} is no kind of file that datasets loads{hint}"
             if entry.get("shards") and entry.get("preprocess_shards"):
                 yield f"{key}[{place}].shards: not together with preprocess_shards"
 
@@ -104,19 +113,27 @@ def _evaluation(config: Config) -> Iterator[str]:
             yield f"lr_scheduler: {config['lr_scheduler']} follows the evaluation loss; give val_set_size or test_datasets"
     if config.get("save_strategy") == "best" and not config.get("metric_for_best_model"):
         yield "metric_for_best_model: missing; save_strategy: best needs it, like eval_loss"
-    if config.get("load_best_model_at_end") and config.get("save_strategy") != "best":
-        saves, evals = (
-            (config.get("save_steps") or config.get("saves_per_epoch")),
-            (config.get("eval_steps") or config.get("evals_per_epoch")),
-        )
-        if not (saves and evals):
-            yield "load_best_model_at_end: Axolotl ignores it silently without save_steps and eval_steps (or saves_ and evals_per_epoch)"
     if config.get("early_stopping_patience") and evaluated and not (config.get("save_steps") and config.get("eval_steps")):
         yield "early_stopping_patience: needs save_steps and eval_steps, the second a divisor of the first"
-    steps, every = number(config.get("save_steps")), number(config.get("eval_steps"))
+    yield from _best_model(config)
+
+
+def _best_model(config: Config) -> Iterator[str]:
+    saves, evals = _interval(config, "save_steps", "saves_per_epoch"), _interval(config, "eval_steps", "evals_per_epoch")
+    if config.get("load_best_model_at_end") and config.get("save_strategy") != "best" and not (saves and evals):
+        yield "load_best_model_at_end: Axolotl ignores it silently without save_steps and eval_steps (or saves_ and evals_per_epoch)"
     wanted = config.get("load_best_model_at_end") or config.get("early_stopping_patience")
-    if wanted and steps and every and steps >= 1 and every >= 1 and steps % every:
-        yield f"eval_steps: {every:g} does not divide save_steps: {steps:g}; the best model would not be among the saved ones"
+    if wanted and saves and evals and (saves < 1) == (evals < 1) and saves % evals:
+        key = "eval_steps" if config.get("eval_steps") else "evals_per_epoch"
+        yield f"{key}: {evals:.4g} does not divide {saves:.4g} (save_steps); the best model would not be among the saved ones"
+
+
+def _interval(config: Config, steps: str, per_epoch: str) -> float | None:
+    """Steps, or a share of the run, between two saves or evaluations, reckoned as Axolotl does: to the last bit."""
+    times, epochs = number(config.get(per_epoch)), number(config.get("num_epochs", 1))
+    if times and epochs and times * epochs > 1:
+        return 1.0 / (times * epochs)
+    return number(config.get(steps))
 
 
 def _packing(config: Config) -> Iterator[str]:

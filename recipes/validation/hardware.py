@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...surgery.errors import DowncycleError
-from .axolotl_schema import load_keys
 from .keys import plugins_of
 
 EXAMPLES = "sm_70 (V100), sm_75 (T4), sm_80 (A100), sm_86 (A6000), sm_89 (L40S, 4090), sm_90 (H100), sm_100 (B200), sm_120 (5090)"
@@ -20,7 +19,7 @@ AMPERE, ADA, HOPPER, TURING = 80, 89, 90, 75
 
 
 def compute_capability(arch: str) -> int:
-    """Read sm_80 or sm_90a as 80 or 90; refuse what is no compute capability of an NVIDIA GPU."""
+    """Read sm_80 or sm_90a as 80 or 90, the one place that does; DowncycleError for what no NVIDIA GPU has."""
     found = re.fullmatch(r"sm_(\d{2,3})[af]?", arch)
     if not found or int(found[1]) not in ARCHS:
         raise DowncycleError(f"GPU architecture {arch}: no compute capability; give one like {EXAMPLES}")
@@ -43,11 +42,8 @@ def capabilities(gpus: int, arch: str) -> dict[str, Any]:
 
 
 def attention(config: dict[str, Any]) -> str | None:
-    """The attention that a config asks for, in today's spelling, without a hub kernel's revision."""
+    """The attention that a config in today's spelling asks for, without a hub kernel's revision."""
     named = config.get("attn_implementation")
-    if named is None:
-        keys = load_keys()["instead"]
-        named = next((keys[key].split(": ")[1] for key in keys if key.endswith("_attention") and config.get(key)), None)
     return re.split("[:@]", named)[0].strip() if isinstance(named, str) else None
 
 

@@ -10,15 +10,16 @@ from difflib import get_close_matches
 from typing import Any
 
 from .axolotl_schema import load_keys
-from .values import SLIP, nearest, old_name, resolved, value_faults
+from .names import doubled, key_hint, nearest, old_name
+from .values import resolved, value_faults
 
 OWN_PLUGINS = "downcycle.recipes.plugins"
 
 
 def check_keys(config: dict[str, Any]) -> list[str]:
-    """Name every key that Axolotl does not know, drops, has renamed or gives another kind of value, at all levels.
+    """Name every key that Axolotl does not know, no longer reads or gives another kind of value, at all levels.
 
-    Keys of plugins are accepted where the plugin is listed. With a plugin that is neither Axolotl's nor downcycle's, an unknown
+    What has no value says nothing: an unknown key without one is let pass. Keys of plugins are accepted where the plugin is listed. With a plugin that is neither Axolotl's nor downcycle's, an unknown
     top-level key may be the plugin's: only what looks like a slip of the pen is named.
     """
     keys = load_keys()
@@ -28,10 +29,14 @@ def check_keys(config: dict[str, Any]) -> list[str]:
     for key, value in config.items():
         if not isinstance(key, str):
             faults.append(f'{key}: not text; write "{key}" or take it out')
+        elif not key.strip():
+            faults.append(f'"{key}": a key without a name; write the name of an Axolotl key, or take it out')
         elif key in known:
-            faults += old_name(key, value) or list(_top_faults(config, key, value, known[key]))
-        else:
+            replaced = [] if key == "fsdp" and config.get("fsdp_config") else old_name(key, value)
+            faults += replaced or list(_top_faults(config, key, value, known[key]))
+        elif value is not None:
             faults += old_name(key, value) or list(_stranger(config, key, known))
+    faults += doubled(config)
     for key in keys["models"]["AxolotlInputConfig"]["required"]:
         if config.get(key) is None and not any(fault.startswith(f"{key}:") for fault in faults):
             faults.append(f"{key}: missing; Axolotl needs it")
@@ -82,7 +87,7 @@ def _stranger(config: dict[str, Any], key: str, known: dict[str, Any]) -> Iterat
         if not any(name.startswith("downcycle.") for name in plugins_of(config)):
             yield f"{key}: needs plugin {OWN_PLUGINS} under plugins"
     elif not _foreign(config) or get_close_matches(key, known, 1, 0.9):
-        yield f"{key}: Axolotl has no such key and would drop it silently{nearest(key, known, SLIP)}"
+        yield f"{key}: Axolotl has no such key and would drop it silently{key_hint(key, known)}"
 
 
 def _top_faults(config: dict[str, Any], key: str, value: Any, schema: dict[str, Any]) -> Iterator[str]:

@@ -1,48 +1,18 @@
 """Check one value against one JSON Schema of axolotl_keys.json, as leniently as pydantic reads it, and say in words what is wrong.
 
-Knows old names of keys and likely slips; knows no rule between two keys.
+Knows no rule between two keys.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from .axolotl_schema import load_keys
+from .names import MEANT, SLIP, nearest, old_name
 
-# What Axolotl's schema does not say about its own old names; the rest of them is in axolotl_keys.json.
-INSTEAD = {
-    "evaluation_strategy": "eval_strategy",
-    "noisy_embedding_alpha": "neftune_noise_alpha",
-    "dpo_beta": "rl_beta",
-    "eval_table_size": "generate_samples: true",
-    "eval_max_new_tokens": "generation_max_new_tokens",
-    "sequence_parallel_degree": "context_parallel_size",
-    "flash_attn_d512": "large_head_attention: auto",
-    "liger_swiglu": "liger_glu_activation",
-    "message_field_role": "message_property_mappings: {role: ...}",
-    "message_field_content": "message_property_mappings: {content: ...}",
-}
-REFUSED = {
-    "max_packed_sequence_len": "sequence_len with sample_packing: true",
-    "rope_scaling": "overrides_of_model_config: {rope_scaling: ...}",
-    "unsloth_lora_mlp": "lora_mlp_kernel",
-    "unsloth_lora_qkv": "lora_qkv_kernel",
-    "unsloth_lora_o": "lora_o_kernel",
-    "dpo_use_logits_to_keep": "",
-    "dpo_generate_during_eval": "",
-    "dpo_norm_loss": "",
-    "rpo_alpha": "",
-    "s2_attention": "",
-    "flash_attn_rms_norm": "",
-}
-MEANT = {
-    ("datasets[]", "text_column"): "field",
-    ("datasets[]", "train_on_split"): "split",
-    ("pretraining_dataset[]", "field"): "text_column",
-}
 WORDS = {
     "string": "text",
     "number": "a number",
@@ -52,24 +22,8 @@ WORDS = {
     "object": "a mapping",
     "null": "nothing",
 }
-SLIP = 0.75  # how alike two keys are where one may be a slip of the pen for the other
+FEW = 12  # names that a line may list
 TRUTH = {"true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0"}
-
-
-def old_name(key: str, value: Any, path: str = "") -> list[str]:
-    """A key under a former name; where it is empty or off, it says nothing and is let pass."""
-    if key in REFUSED and value is not None:
-        return [f"{path}{key}: Axolotl no longer takes it; " + (f"write {REFUSED[key]}" if REFUSED[key] else "take it out")]
-    new = (load_keys()["instead"] | INSTEAD).get(key)
-    if new is None:
-        return []
-    return [f"{path}{key}: an old name; write {new}"] if value not in (None, False) else []
-
-
-def nearest(name: str, names: Iterable[str], likeness: float = 0.6) -> str:
-    """A hint at the most similar of these names, or nothing."""
-    found = get_close_matches(name, list(names), 1, likeness)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def resolved(schema: dict[str, Any]) -> dict[str, Any]:
@@ -85,9 +39,8 @@ def value_faults(value: Any, schema: dict[str, Any], path: str) -> list[str]:
     allowed = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if allowed is not None:
         good = value in allowed and not isinstance(value, bool)
-        return (
-            [] if good else [f"{path}: {_shown(value)} is none of {', '.join(map(str, allowed))}{nearest(str(value), map(str, allowed))}"]
-        )
+        names = [str(name) for name in allowed]
+        return [] if good else [f"{path}: {_shown(value)} is none of {', '.join(_few(names, str(value)))}{nearest(str(value), names)}"]
     kind = schema.get("type")
     if kind is not None and not _fits(value, kind):
         return [_wrong(value, [WORDS[kind]], path)]
@@ -111,9 +64,17 @@ def _union_faults(value: Any, schema: dict[str, Any], path: str) -> list[str]:
     limits = [text for faults, part in found if _fits(value, part.get("type", "")) for text in faults]
     if limits and not choices:
         return limits
-    return [
-        _wrong(value, [*map(str, choices), *(kind for kind in kinds if kind != "nothing")], path) + nearest(str(value), map(str, choices))
-    ]
+    names = [str(name) for name in choices]
+    wanted = [*_few(names, str(value)), *(kind for kind in kinds if kind != "nothing")]
+    return [_wrong(value, wanted, path) + nearest(str(value), names)]
+
+
+def _few(names: Sequence[str], name: str) -> list[str]:
+    """These names where they are few; else the most similar to one, and how many more there are."""
+    if len(names) <= FEW:
+        return list(names)
+    some = get_close_matches(name, names, 3, 0) or list(names[:3])
+    return [*some, f"{len(names) - len(some)} others"]
 
 
 def _wrong(value: Any, wanted: list[str], path: str) -> str:
@@ -162,10 +123,14 @@ def _mapping_faults(value: dict[Any, Any], schema: dict[str, Any], path: str) ->
 
 
 def _member_faults(key: str, value: Any, parts: dict[str, Any], path: str) -> list[str]:
+    if not key.strip():
+        return [f"{path}: holds a key without a name; name it or take it out"]
     place = re.sub(r"\d+", "", path)
     bare = key.removeprefix("fsdp_")
-    if place == "fsdp_config" and bare != key and key not in parts and bare in parts:
-        return [f"{path}.{key}: an old name; write {bare}"]
+    if place == "fsdp_config" and key not in parts and bare in parts:
+        return value_faults(value, parts[bare], f"{path}.{key}")
+    if value is None and key not in parts:
+        return []
     if key in parts:
         return old_name(key, value, f"{path}.") or value_faults(value, parts[key], f"{path}.{key}")
     meant = MEANT.get((place, key))

@@ -66,32 +66,52 @@ def test_experts_count_whole_as_weights_and_by_share_as_activations():
     size = model_size(type(dense)(dense.name, config, {**dense.tensors, **experts}))
     assert size.linear - model_size(dense).linear == 4 * 14336 * 4096
     assert size.layer_outputs - model_size(dense).layer_outputs == 14336
-    assert size.lora_width == model_size(dense).lora_width  # LoRA's linear targets are dense matrices
+    assert size.lora_width() == model_size(dense).lora_width()  # LoRA's linear targets are dense matrices
 
 
 def test_training_by_hand():
     size = model_size(llama_shape(LLAMA_8B))
-    full = training_bytes(size, "full", tokens=8192, adam_bits=16, fused_loss=True)
-    assert (full.weights, full.gradients, full.optimizer) == (2 * size.elements, 2 * size.elements, 4 * size.elements)
-    sharded = training_bytes(size, "full", tokens=8192, adam_bits=32, shards=8)
-    assert sharded.optimizer == size.elements
-    assert sharded.gradients == size.elements / 2
-    assert sharded.weights == size.elements / 2 + 2 * (max(size.layer_elements) + size.head)
-    lora = training_bytes(size, "lora", tokens=8192, rank=128)
-    adapters = 128 * size.lora_width
-    assert (lora.weights, lora.gradients, lora.optimizer) == (2 * size.elements + 4 * adapters, 4 * adapters, 8 * adapters)
-    tail = training_bytes(size, "tail", tokens=8192, trained_layers=3, adam_bits=16)
-    assert tail.optimizer == 4 * (size.head + 3 * size.layer_elements[0])
-    assert training_bytes(size, "lora", tokens=8192, rank=128).logits == 8192 * 128256 * 12
+    whole = size.elements
+    full = training_bytes(size, tokens=8192, trained=whole, fused_loss=True)
+    assert (full.weights, full.gradients, full.optimizer) == (2 * whole, 2 * whole, 4 * whole)
+    assert training_bytes(size, tokens=8192, trained=whole, adam_bits=32).optimizer == 8 * whole
+    gathered = 2 * (max(size.layer_elements) + size.head)
+    fsdp = training_bytes(size, tokens=8192, trained=whole, parallel="fsdp2", shards=8)
+    assert (fsdp.weights, fsdp.gradients, fsdp.optimizer) == (whole / 4 + gathered, whole / 4, whole / 2)
+    zero = training_bytes(size, tokens=8192, trained=whole, parallel="zero3", shards=8)
+    assert (zero.weights, zero.gradients, zero.optimizer) == (whole / 4 + gathered, whole / 4, 12 * whole / 8)
+    assert training_bytes(size, tokens=8192, trained=whole, parallel="ddp", shards=8).gradients == 2 * full.gradients
+    adapters = 128 * size.lora_width()
+    lora = training_bytes(size, tokens=8192, added=adapters)
+    assert (lora.weights, lora.gradients, lora.optimizer) == (2 * whole + 4 * adapters, 4 * adapters, 8 * adapters)
+    assert lora.logits == 8192 * 128256 * 12
+    part = size.head + 3 * size.layer_elements[0]
+    assert training_bytes(size, tokens=8192, trained=part).optimizer == 4 * part
     assert full.total == sum(vars(full).values())
+
+
+def test_evaluation_stores_the_logits_that_training_does_not():
+    size = model_size(llama_shape(LLAMA_8B))
+    options = {"tokens": 8192, "added": 128 * size.lora_width(), "frozen": "nf4", "fused_loss": True}
+    trains, evaluates = training_bytes(size, **options), training_bytes(size, **options, evaluated=8192)
+    assert trains.evaluation == 0
+    assert evaluates.total - trains.total == 8192 * 128256 * 10 - trains.activations - trains.logits
+    assert training_bytes(size, **(options | {"fused_loss": False}), evaluated=8192).evaluation == 0  # training stores more
+
+
+def test_sharded_nf4_weights_are_loaded_whole_first():
+    size = model_size(llama_shape(LLAMA_70B))
+    needs = training_bytes(size, tokens=2048, added=16 * size.lora_width(), frozen="nf4", fused_loss=True, parallel="fsdp2", shards=8)
+    assert needs.total == pytest.approx(weight_bytes(size, "nf4") + needs.overhead)
+    assert training_bytes(size, tokens=2048, trained=size.elements, parallel="fsdp2", shards=8).loading == 0
 
 
 def test_less_is_less():
     size = model_size(llama_shape(LLAMA_8B))
-    by_method = [
-        training_bytes(size, method, tokens=8192, rank=128, trained_layers=3).total for method in ("full", "tail", "lora", "qlora")
-    ]
-    assert by_method == sorted(by_method, reverse=True)
+    lora = {"added": 128 * size.lora_width()}
+    ways = ({"trained": size.elements}, {"trained": size.elements // 4}, lora, lora | {"frozen": "int8"}, lora | {"frozen": "nf4"})
+    totals = [training_bytes(size, tokens=8192, **way).total for way in ways]
+    assert totals == sorted(totals, reverse=True)
     assert weight_bytes(size, "nf4") < weight_bytes(size, "int8") < weight_bytes(size, "bf16")
 
 
@@ -124,7 +144,7 @@ def test_lora_parameters_against_peft():
 
     demo = open_checkpoint("demo")
     model = peft.get_peft_model(load_model(demo), peft.LoraConfig(r=7, target_modules="all-linear"))
-    assert model.get_nb_trainable_parameters()[0] == 7 * model_size(demo).lora_width
+    assert model.get_nb_trainable_parameters()[0] == 7 * model_size(demo).lora_width()
 
 
 @pytest.mark.parametrize(("layers", "vocab", "tokens"), [(2, 512, 512), (8, 512, 512), (2, 8192, 512), (4, 4096, 1024)])
@@ -133,7 +153,7 @@ def test_activations_and_logits_against_a_measured_peak(layers, vocab, tokens):
     measured = measured_peak(layers, vocab, tokens)
     config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": layers, "vocab_size": vocab}
     size = model_size(llama_shape(config | {"num_attention_heads": 4, "num_key_value_heads": 1}))
-    needs = training_bytes(size, "lora", tokens=tokens)
+    needs = training_bytes(size, tokens=tokens)
     # the layer's peak comes after the logits' one: the greater of both, and what is stored, is what is reached
     assert measured == pytest.approx(max(needs.activations, needs.logits), rel=0.25)
     assert needs.activations + needs.logits > 0.95 * measured

@@ -66,7 +66,7 @@ def test_the_published_run_value_for_value():
 @pytest.mark.parametrize("machine", [None, Machine(1, 80), Machine(8, 80, 2), Machine(0), Machine(1, 80, 1, "sm_75")])
 def test_what_is_written_is_what_was_made(preset, machine):
     if machine and machine.arch == "sm_75" and preset in ("full", "tail"):
-        with pytest.raises(DowncycleError, match="fp16: .* use an adapter"):
+        with pytest.raises(DowncycleError, match="sm_75 has no bf16"):
             made(preset, machine=machine)
         return
     recipe = made(preset, machine=machine)
@@ -82,15 +82,21 @@ def test_the_head_says_what_to_run():
     def head(**options):
         return recipe_text(made(**options), "a b/axolotl.yaml").split("\n\n")[0]
 
-    assert "axolotl train 'a b/axolotl.yaml'\n" in head()
+    assert "# In the folder where Llama-3-6B lies:\n#   axolotl train 'a b/axolotl.yaml'  " in head()
+    assert "In the folder where" not in head(base="/models/Llama-3-6B")
     assert "downcycle merge Llama-3-6B outputs/llama-3-6b --out Llama-3-6B-healed" in head()
     assert "downcycle merge" not in head(preset="full")
+    assert "The healed model is outputs/llama-3-6b-full then." in head(preset="full")
+    assert "outputs/llama-3-6b-tail then, in float32." in head(preset="tail", machine=Machine(0))
     assert "--launcher torchrun -- --nproc_per_node 4" in head(machine=Machine(4))
     many = head(machine=Machine(8, None, 2))
     assert (
         "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_id heal --rdzv_endpoint FIRST:29400 -m axolotl.cli.train" in many
     )
-    assert "ray start --head" in head(machine=Machine(8, None, 2), ray=True)
+    ray = head(machine=Machine(8, None, 2), ray=True)
+    assert "ray start --head" in ray and "axolotl train 'a b/axolotl.yaml' --use-ray --ray-num-workers 16\n" in ray
+    two = {"context_parallel_size": 2, "micro_batch_size": 1}
+    assert "Batch: 64 sequences = 8 GPUs, 2 to each sequence, x 1 x 16 steps" in head(machine=Machine(8), overrides=two)
     assert "--launcher python" in head(machine=Machine(0))
     assert "Training needs about" in head(machine=Machine(1, 48))
 
@@ -156,14 +162,42 @@ def test_text_of_every_kind(tmp_path, monkeypatch):
     assert made(dataset="web").config["datasets"] == [{"path": "web", **completion}]
     assert made(dataset="lines.jsonl").config["datasets"] == [{"path": "lines.jsonl", "ds_type": "json", **completion}]
     assert made(dataset="a/b:part").config["datasets"] == [{"path": "a/b", "name": "part", **completion}]
-    (tmp_path / "web" / "downcycle-data.json").write_text(json.dumps({"splits": {"train": {"tokens": 10_000_000}}}))
+    splits = {"train": {"tokens": 10_000_000, "documents": 12_800}, "test": {"tokens": 30_000, "documents": 20}}
+    (tmp_path / "web" / "downcycle-data.json").write_text(json.dumps({"splits": splits}))
     counted = made(dataset="web")
     assert counted.config["test_datasets"] == [{"path": "web", "split": "test", "type": "completion"}]
     assert counted.config["val_set_size"] == 0
     assert "10,000,000 tokens of text: about 20 steps an epoch" in recipe_text(counted, "f")
     stream = made("stream", dataset="web").config
     assert stream["pretraining_dataset"] == [{"path": "web", "split": "train", "type": "pretrain", "text_column": "text"}]
-    assert stream["max_steps"] == 1_000_000_000 // (64 * 8192)
+    assert stream["max_steps"] == 10_000_000 // (64 * 8192)
+    assert made("stream").config["max_steps"] == 1_000_000_000 // (64 * 8192)
+    published = recipe_text(made("llama-3-6b", dataset="web", overrides={"warmup_steps": 400}), "f")
+    assert "about 200 steps an epoch. All 400 steps of this run are warm-up" in published  # 12,800 documents, 64 in a step
+
+
+def test_what_is_held_out_is_packed_where_it_fills_a_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "web").mkdir()
+    for held_out, packed in ((0, False), (4 * 8192 - 1, False), (4 * 8192, True)):
+        splits = {name: {"tokens": tokens, "documents": 9} for name, tokens in (("train", 10**7), ("test", held_out))}
+        (tmp_path / "web" / "downcycle-data.json").write_text(json.dumps({"splits": splits}))
+        config = made(dataset="web").config
+        assert (config["eval_sample_packing"], config["eval_batch_size"], "test_datasets" in config) == (packed, 1, held_out > 0)
+    assert made().config["eval_sample_packing"] is True  # a thousandth of a billion
+    assert made(dataset="some/other").config["eval_sample_packing"] is False
+
+
+def test_each_preset_has_outputs_of_its_own():
+    assert len({made(preset).config["output_dir"] for preset in PRESETS}) == len(PRESETS)
+
+
+def test_the_published_micro_batch_stays_on_any_gpu():
+    for memory in (None, 48, 80):
+        config = made("llama-3-6b", machine=Machine(4, memory)).config
+        assert (config["micro_batch_size"], config["gradient_accumulation_steps"]) == (2, 8)
+    with pytest.raises(DowncycleError, match="does not fit: .* what would fit: .*--preset qlora"):
+        made("llama-3-6b", machine=Machine(1, 32))
 
 
 def test_any_key_can_be_set():
@@ -196,8 +230,15 @@ def test_any_key_can_be_set():
         ({"dataset": "/etc/hostname"}, "not a data set"),
         ({"overrides": {"lerning_rate": 1}}, "lerning_rate.*learning_rate"),
         ({"overrides": {"optimizer": "adamx"}}, "adamx"),
-        ({"overrides": {"sequence_len": "long"}}, "sequence_len 'long'"),
+        ({"overrides": {"sequence_len": "long"}}, "sequence_len: 'long'"),
         ({"overrides": {"sequence_len": 0}}, "sequence_len 0"),
+        ({"overrides": {"sequence_len": 8193}}, "sequence_len 8193: the model has 8192 positions"),
+        ({"overrides": {"lora_r": "abc"}}, "lora_r"),
+        ({"overrides": {"lora_r": [1]}}, "lora_r"),
+        ({"preset": "tail", "overrides": {"unfrozen_parameters": 5}}, "unfrozen_parameters"),
+        ({"batch": 0}, "--batch 0"),
+        ({"preset": "stream", "overrides": {"test_datasets.0.path": "x"}}, "there is no list test_datasets here"),
+        ({"preset": "lora", "overrides": {"load_in_8bit": True}}, "load_in_8bit|8-bit"),
         ({"overrides": {"load_in_8bit": True}}, "load_in_8bit|load_in_4bit"),
         ({"overrides": {"unfrozen_parameters": ["^lm_head.weight$"]}}, "unfrozen_parameters"),
         ({"overrides": {"datasets.7.split": "x"}}, "--set datasets.7.split: there is no '7'"),
@@ -206,6 +247,7 @@ def test_any_key_can_be_set():
         ({"machine": Machine(1, 80, 1, "sm_75"), "overrides": {"bf16": True}}, "bf16"),
         ({"machine": Machine(0), "overrides": {"val_set_size": 0.1}}, "val_set_size"),
         ({"machine": Machine(0), "ray": True}, "--ray"),
+        ({"machine": Machine(1), "ray": True}, "--ray: needs several GPUs"),
         ({"preset": "full", "machine": Machine(1, 24)}, "does not fit"),
         (
             {
