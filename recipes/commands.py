@@ -51,7 +51,7 @@ def recipe(
             ["src", "preset", "dataset", "gpu_memory", "nodes", "parallel", "ray", "batch", "sets", "out"],
             "makes a recipe, --check reads one",
         )
-        _check(check, 1 if gpus is None else gpus, gpu_arch, as_json)
+        _check(check, gpus, gpu_arch, as_json)
         return
     if src is None:
         raise typer.BadParameter("give the model's folder, or --check FILE", context)
@@ -149,19 +149,23 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
 
 
-def _check(path: Path, gpus: int, arch: str, as_json: bool) -> None:
+def _check(path: Path, gpus: int | None, arch: str, as_json: bool) -> None:
     from .validation.check import check_file
 
-    faults = check_file(path, gpus, arch)
+    found = check_file(path, gpus, arch)
     if as_json:
-        print_json({"file": str(path), "faults": faults})
+        print_json({"file": str(path), "faults": found.faults, "notes": found.notes})
     else:
-        for fault in faults:
-            typer.echo(f"{path}: {fault}", err=True)
-    if faults:
-        raise DowncycleError(f"{path}: {len(faults)} fault{'s' if len(faults) > 1 else ''}; mend and check again")
+        for line in [*found.faults, *(f"note: {note}" for note in found.notes)]:
+            typer.echo(f"{path}: {line}", err=True)
+    machine = f"{found.gpus} x {arch}" if found.gpus else "a CPU"
+    if gpus is None and found.gpus > 1:
+        machine += " (assumed, since it shards; say otherwise with --gpus)"
+    if found.faults:
+        count = f"{len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"
+        raise DowncycleError(f"{path}: {count} for {machine}; mend and check again")
     if not as_json:
-        typer.echo(f"{path}: no fault found, by Axolotl's own validation for {f'{gpus} x {arch}' if gpus else 'a CPU'} among others")
+        typer.echo(f"{path}: no fault found for {machine}" + ", by Axolotl's own validation among others" * found.by_axolotl)
 
 
 def _write_recipe(path: Path, text: str, overwrite: bool) -> None:

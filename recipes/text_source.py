@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..surgery.errors import DowncycleError
+from .dataset.source import REPORT
 
-REPORT = "downcycle-data.json"
 COUNTED = {"prince-canuma/fineweb-CC-MAIN-2024-10-1B-en": 1_000_000_000}  # training tokens of Hub data sets, as their cards say
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
 

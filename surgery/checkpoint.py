@@ -134,14 +134,16 @@ def open_checkpoint(src: str | Path, revision: str | None = None, *, trust_remot
     source = find_source(src, revision)
     config = _config(source, trust_remote_code)
     tensors, metadata = _tensors(source)
-    wanted = SMALL_FILES + (CODE_FILES if trust_remote_code else ())
-    files = {
-        path: Span(source, path, 0, size)
-        for path, size in source.files.items()
-        if any(fnmatch(path, pattern) for pattern in wanted) and path.count("/") <= 1
-    }
+    files = {path: Span(source, path, 0, size) for path, size in source.files.items() if _belongs(path, trust_remote_code)}
     lineage = load_json(source, LINEAGE) if LINEAGE in source.files else {}
     return Checkpoint(source.name, config, tensors, files, metadata, source.revision, lineage)
+
+
+def _belongs(path: str, with_code: bool) -> bool:
+    """Whether a file is one of the model's small ones; its code may lie one folder deeper."""
+    if with_code and path.count("/") <= 1 and any(fnmatch(path, pattern) for pattern in CODE_FILES):
+        return True
+    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in SMALL_FILES)
 
 
 def find_source(src: str | Path, revision: str | None = None) -> Source:
@@ -185,8 +187,10 @@ def _nesting(value: Any) -> int:
 
 
 def _config(source: Source, trust_remote_code: bool) -> dict[str, Any]:
-    if CONFIG not in source.files and "adapter_config.json" in source.files:
-        raise DowncycleError(f"{source.name}: an adapter, not a model; merge it into its base model first")
+    if "adapter_config.json" in source.files and (CONFIG not in source.files or not {SINGLE, INDEX} & source.files.keys()):
+        raise DowncycleError(
+            f"{source.name}: an adapter, not a model; merge it into its base model first: downcycle merge BASE {source.name} --out DIR"
+        )
     config = load_json(source, CONFIG)
     if not isinstance(config.get("model_type"), str | None):
         raise DowncycleError(f"{source.name}/{CONFIG}: model_type is no name; fetch it again")

@@ -191,7 +191,8 @@ def _open_offline(repo_id: str, revision: str) -> LocalFolder:
     if snapshot and not missing:
         return snapshot
     raise DowncycleError(
-        f"{repo_id} at {revision}: HF_HUB_OFFLINE is set and the cache {constants.HF_HUB_CACHE} lacks {missing[0]}"
+        f"{repo_id}: no such folder; and as a Hub id, at {revision}: HF_HUB_OFFLINE is set and the cache {constants.HF_HUB_CACHE} lacks "
+        f"{missing[0]}"
         f"{f' and {len(missing) - 1} more files' if missing[1:] else ''}; unset it, or run `hf download {repo_id}` when online"
     )
 

@@ -69,7 +69,7 @@ class Patience:
         if isinstance(fault, EntryNotFoundError):
             return f"/{self.path}: not there at {self.revision}; check that HF_ENDPOINT serves the whole repo"
         if isinstance(fault, RepositoryNotFoundError):
-            return f": no public model at {endpoint()} has this name; check the spelling, or run `hf auth login` if it is private"
+            return f": no such folder, and no public model at {endpoint()} has this name; check it, or run `hf auth login` if it is private"
         if isinstance(fault, DisabledRepoError):
             return f": the Hub has disabled access to it; see {endpoint()}/{self.repo}"
         return f"{self.path and f'/{self.path}'}: {self._explain_transport(fault, asked)}"

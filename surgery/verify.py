@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import DEMO, Checkpoint, Span, Tensor, file_bytes, open_checkpoint
+from .checkpoint import DEMO, Checkpoint, Span, Tensor, file_bytes, find_source, open_checkpoint
 from .choose import format_layers
 from .errors import DowncycleError
 from .filenames import LINEAGE
@@ -76,6 +76,8 @@ def rebuild(
     """Return the value that a checkpoint was written from, by its downcycle.json."""
     if not made.lineage:
         raise DowncycleError(f"{made.name}: holds no {LINEAGE}; only a folder that downcycle wrote can be verified")
+    if adapter is not None and made.lineage.get("operation") != MERGE:
+        raise DowncycleError(f"--adapter {adapter}: {made.name} is a cut, and no adapter was merged into it; leave it out")
     return _replay(made.lineage, made.name, src, adapter, trust_remote_code)
 
 
@@ -134,11 +136,12 @@ def _merge_again(
     if given is not None and str(given) != recorded:
         where, revision = given, None
     try:
-        made = merge_adapter(parent, where, revision)
+        find_source(where, revision)
     except DowncycleError as error:
         if given is not None:
             raise
         raise DowncycleError(f"{error}. If the adapter merged into {name} lies elsewhere now, give it with --adapter") from error
+    made = merge_adapter(parent, where, revision)
     if made.lineage["adapter_fingerprint"] != fingerprint:
         raise DowncycleError(f"{where} is not the adapter merged into {name}: config or tensors differ; give that one with --adapter")
     return made

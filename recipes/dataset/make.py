@@ -22,14 +22,13 @@ from ...surgery.staging import check_name, publish, staging_folder, target_path
 from .card import card, versions
 from .rounds import Rounds, Watcher
 from .shards import N_TOKENS, threshold, write_splits
-from .source import PIECE_ROWS, Filters, ParquetSource, Piece, check_columns, cut_pieces, find_parquet, read_schema
+from .source import PIECE_ROWS, REPORT, Filters, ParquetSource, Piece, check_columns, cut_pieces, find_parquet, read_schema
 from .tokenizer import TextTokenizer, open_tokenizer
 from .work import check_executor, finished, run_tasks
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-REPORT = "downcycle-data.json"
 TOKENIZER, WHOLE = "tokenizer.json", "whole"
 FINEWEB, LLAMA = "HuggingFaceFW/fineweb", "meta-llama/Meta-Llama-3-8B"
 

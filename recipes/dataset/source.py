@@ -17,6 +17,7 @@ from ...surgery.errors import DowncycleError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+REPORT = "downcycle-data.json"  # marks a dataset that was made here
 PIECE_ROWS = 20_000  # some 14 million tokens of FineWeb: seconds of work, so that little is lost when a run is stopped
 
 
@@ -79,6 +80,8 @@ def _find_local(src: str, folder: Path, name: str | None) -> ParquetSource:
     from datatrove.io import get_datafolder
 
     place, files = _first_part([(part, get_datafolder(str(folder / part))) for part in _parts(name, "")], src, name)
+    if (folder / REPORT).is_file():
+        files = _training_files(files)
     status = [os.stat(folder / place / file) for file in files]
     return ParquetSource(src, None, str(folder / place), files, tuple(f"{one.st_size}:{one.st_mtime_ns}" for one in status))
 
@@ -92,10 +95,13 @@ def _find_on_hub(src: str, name: str | None) -> ParquetSource:
 
     repo, _, revision = src.partition("@")
     try:
-        commit = HfApi().dataset_info(repo, revision=revision or None).sha or ""
+        info = HfApi().dataset_info(repo, revision=revision or None)
+        commit = info.sha or ""
         url = f"hf://datasets/{repo}@{commit}"
         places = [(part, get_datafolder(f"{url}/{part}".rstrip("/"))) for part in _parts(name, "data")]
         place, files = _first_part(places, src, name)
+        if any(file.rfilename == REPORT for file in info.siblings or ()):
+            files = _training_files(files)
     except HTTPError as fault:
         if isinstance(fault, RepositoryNotFoundError) and not isinstance(fault, GatedRepoError):
             unknown = f"--src {src}: no public dataset at {endpoint()} has this name; check the spelling"
@@ -128,6 +134,11 @@ def _first_part(places: list[tuple[str, Any]], src: str, name: str | None) -> tu
     raise DowncycleError(
         f"--src {src}: holds no parquet files{where}; give a folder or a Hub dataset with .parquet files, or another --name"
     )
+
+
+def _training_files(files: tuple[str, ...]) -> tuple[str, ...]:
+    """Leave out what `downcycle data` held out of the dataset that is taken from."""
+    return tuple(file for file in files if not file.rpartition("/")[2].startswith("test-"))
 
 
 def read_schema(source: ParquetSource, file: str) -> tuple[pa.Schema, list[int]]:

@@ -1,6 +1,6 @@
 """Check an Axolotl YAML file: name every fault, in words a user can act on, all together.
 
-Reads the file, gathers what keys, conflicts and Axolotl's own validation say, and judges nothing itself.
+Reads the file, gathers what keys, conflicts and Axolotl's own validation say, and judges only whether DeepSpeed's file is there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ...surgery.errors import DowncycleError
 from .conflicts import conflicts
 from .hardware import capabilities
 from .keys import check_keys, plugins_of
+from .names import MAPPED, SLIP, nearest, notes, replacements
+from .sharding import assumed_gpus
 
 LARGEST_FILE = 1_000_000  # bytes; a recipe has a few thousand
 LARGEST_TREE = 100_000  # values
@@ -34,23 +37,53 @@ OFFLINE = {
 
 Job = tuple[dict[str, Any], int, str]  # config, GPUs in all, compute capability
 
-__all__ = ["axolotl_faults", "check_file", "check_keys", "conflicts", "validate"]
+DEEPSPEED_FILES = (  # what `axolotl fetch deepspeed_configs` brings
+    "zero1 zero1_torch_compile zero2 zero2_torch_compile zero3 zero3_bf16 zero3_bf16_cpuoffload_all zero3_bf16_cpuoffload_params"
+).split()
+LEFT_OUT = "Axolotl's own validation was left out, since Axolotl is not installed; for it: pip install 'downcycle[train]'"
 
 
-def check_file(path: Path, gpus: int = 1, arch: str = "sm_80") -> list[str]:
-    """Name every fault of one YAML file for `gpus` GPUs (0: a CPU) of one compute capability; empty where there is none."""
-    capabilities(gpus, arch)
+@dataclass(frozen=True)
+class Report:
+    """What a check found: faults to mend, and notes that hinder nothing.
+
+    gpus: how many GPUs it was checked for. by_axolotl: whether Axolotl's own validation had its say.
+    """
+
+    faults: list[str]
+    notes: list[str]
+    gpus: int
+    by_axolotl: bool
+
+
+def check_file(path: Path, gpus: int | None = None, arch: str = "sm_80") -> Report:
+    """Check one YAML file for `gpus` GPUs (0: a CPU; None: as many as it takes) of one compute capability.
+
+    Where Axolotl is not installed, its own validation is left out, and a note says so.
+    """
+    capabilities(gpus or 0, arch)
     config, faults = read_config(path)
     if config is None:
-        return faults
-    ours = faults + check_keys(config) + conflicts(config, gpus, arch)
-    return list(dict.fromkeys([*ours, *_unsaid(validate([(config, gpus, arch)])[0], ours)]))
+        return Report(faults, [], 1 if gpus is None else gpus, False)
+    gpus = assumed_gpus(config) if gpus is None else gpus
+    missing, said = _deepspeed_file(config)
+    ours = [*faults, *check_keys(config), *conflicts(config, gpus, arch), *missing]
+    installed = find_spec("axolotl") is not None
+    theirs = _unsaid(validate([(config, gpus, arch)])[0], ours) if installed else []
+    told = [*notes(config), *said, *([] if installed else [LEFT_OUT])]
+    return Report(list(dict.fromkeys([*ours, *theirs])), told, gpus, installed)
 
 
-def axolotl_faults(path: Path, gpus: int = 1, arch: str = "sm_80") -> list[str]:
-    """What Axolotl's own validation says about a YAML file, for GPUs that need not be there; touches no network. Takes 5-10 s."""
-    config, faults = read_config(path)
-    return faults if config is None else faults + validate([(config, gpus, arch)])[0]
+def _deepspeed_file(config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Faults and notes about a DeepSpeed file that is not where `axolotl train` would look for it: in the current folder."""
+    named = config.get("deepspeed")
+    if not isinstance(named, str) or not named or named.lstrip().startswith("{") or Path(named).is_file():
+        return [], []
+    place = Path(named)
+    if place.parent.name == "deepspeed_configs" and place.stem in DEEPSPEED_FILES:
+        return [], [f"deepspeed: {named} is not here; run `axolotl fetch deepspeed_configs` where you train"]
+    hint = nearest(place.stem, DEEPSPEED_FILES, SLIP).replace("did you mean ", "did you mean deepspeed_configs/").replace("?", ".json?")
+    return [f"deepspeed: there is no file {named} here, where Axolotl looks for it{hint}"], []
 
 
 def read_config(path: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -141,7 +174,8 @@ def _unsaid(theirs: list[str], ours: list[str]) -> list[str]:
     """Axolotl's faults less those about keys that ours name already, and less crashes where ours name a cause."""
     plain = [fault.split("; did you mean")[0] for fault in ours]
     paths = {fault.split(": ")[0] for fault in plain}
-    words = {word for fault in plain for word in re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", fault)} | paths
+    paths |= {replacements()[path] for path in paths if path in MAPPED}
+    words = {word for fault in plain for word in _words(fault)} | paths
     return [fault for fault in theirs if not (ours and fault.startswith("Axolotl crashes")) and not _said(fault, paths, words)]
 
 
@@ -149,4 +183,9 @@ def _said(fault: str, paths: set[str], words: set[str]) -> bool:
     place = re.match(r"([\w.\[\]]+): ", fault)
     if place:
         return any(path == place[1] or path.startswith((f"{place[1]}.", f"{place[1]}[")) for path in paths)
-    return bool(words & set(re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", fault))) or any(f"`{path}`" in fault for path in paths)
+    return bool(words & _words(fault)) or any(f"`{path}`" in fault for path in paths)
+
+
+def _words(fault: str) -> set[str]:
+    """The names of keys in a line; Axolotl writes 8bit for load_in_8bit, too."""
+    return set(re.findall(r"[a-z0-9]+(?:_[a-z0-9]+)+", re.sub(r"\b([48]bit)\b", r"load_in_\1", fault)))

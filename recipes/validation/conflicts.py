@@ -59,7 +59,7 @@ RANGES = {  # key: (least, most, whether the least itself is allowed)
     "eval_steps": (0, 1e9, True),
     "max_steps": (-1, 1e12, True),
     "dataloader_num_workers": (0, 1e4, True),
-    "dataloader_prefetch_factor": (1, 1e6, True),
+    "dataloader_prefetch_factor": (0, 1e6, True),
 }
 # What Weights & Biases, torch.utils.checkpoint and bitsandbytes know, where Axolotl hands on anything.
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
@@ -87,7 +87,17 @@ def conflicts(config: Config, gpus: int = 1, arch: str = "sm_80") -> list[str]:
     Errors: DowncycleError where `arch` is no compute capability.
     """
     config = modern(config)
-    rules: tuple[Rule, ...] = (_names, _handed_on, _exclusive, _ranges, _adapter, _adapter_keys, _quantisation, _adapter_limits, data_faults)
+    rules: tuple[Rule, ...] = (
+        _names,
+        _handed_on,
+        _exclusive,
+        _ranges,
+        _adapter,
+        _adapter_keys,
+        _quantisation,
+        _adapter_limits,
+        data_faults,
+    )
     faults = [fault for rule in (*rules, _schedule, _precision, _losses, _output) for fault in rule(config)]
     return list(dict.fromkeys([*faults, *sharding_faults(config, gpus), *hardware_faults(config, gpus, arch)]))
 

@@ -121,9 +121,9 @@ def _evaluation(config: Config) -> Iterator[str]:
 def _best_model(config: Config) -> Iterator[str]:
     saves, evals = _interval(config, "save_steps", "saves_per_epoch"), _interval(config, "eval_steps", "evals_per_epoch")
     if config.get("load_best_model_at_end") and config.get("save_strategy") != "best" and not (saves and evals):
-        yield "load_best_model_at_end: Axolotl ignores it silently without save_steps and eval_steps (or saves_ and evals_per_epoch)"
+        yield "load_best_model_at_end: Axolotl ignores it silently without save_steps and eval_steps, or saves_ and evals_per_epoch that come more than once"
     wanted = config.get("load_best_model_at_end") or config.get("early_stopping_patience")
-    if wanted and saves and evals and (saves < 1) == (evals < 1) and saves % evals:
+    if wanted and saves and evals and saves % evals:
         key = "eval_steps" if config.get("eval_steps") else "evals_per_epoch"
         yield f"{key}: {evals:.4g} does not divide {saves:.4g} (save_steps); the best model would not be among the saved ones"
 

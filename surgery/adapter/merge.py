@@ -7,6 +7,7 @@ adapter does not touch is copied byte for byte.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, Tensor, find_source, read_header
+from ..checkpoint import Checkpoint, Span, Tensor, find_source, open_checkpoint, read_header
 from ..choose import format_layers
 from ..errors import DowncycleError
 from ..families import TEXT_SECTIONS
@@ -60,6 +61,7 @@ def merge_adapter(base: Checkpoint, adapter: str | Path, revision: str | None = 
     merge.finish()
     _check_named(config, parts, merge)
     _check_whole(base, config, merge)
+    _check_named_base(base, config, merge.done)
     _check_finite(stored, source.name)
     return replace(base, tensors=merge.tensors, lineage=_lineage(base, source, config, stored))
 
@@ -147,6 +149,31 @@ def _check_whole(base: Checkpoint, config: AdapterConfig, merge: Merge) -> None:
             f"{config.where}: target_modules names {lacking[0]}, but the adapter has nothing for it; there are {len(lacking)} such modules "
             f"in {what}. It was trained on another model, or is damaged"
         )
+
+
+def _check_named_base(base: Checkpoint, config: AdapterConfig, changed: set[str]) -> None:
+    """Refuse to merge into another model than the adapter names, where that one is at hand: models of one shape differ in numbers only."""
+    named = config.fields.get("base_model_name_or_path")
+    if not isinstance(named, str) or not os.path.isdir(named) or os.path.realpath(named) == os.path.realpath(base.name):
+        return
+    try:
+        other = open_checkpoint(Path(named))
+    except DowncycleError:
+        return
+    for name in sorted(changed):
+        here, there = (_sample(model.tensors.get(name)) for model in (base, other))
+        if here and there and here[0] == there[0] and here != there:
+            raise DowncycleError(
+                f"{config.where}: was trained on {named}, which is another model than {base.name}: their {name} differ. Merge it into that "
+                f"one; or, if you mean it, set base_model_name_or_path there to {base.name}"
+            )
+
+
+def _sample(tensor: Tensor | None) -> tuple[str, bytes] | None:
+    """The first bytes of a tensor that lies on this machine."""
+    if tensor is None or not isinstance(tensor.data, Span) or tensor.data.source.local_path(tensor.data.path) is None:
+        return None
+    return tensor.dtype, tensor.data.source.read(tensor.data.path, tensor.data.start, min(4096, tensor.data.length))
 
 
 def _check_finite(stored: Mapping[str, Tensor], where: str) -> None:

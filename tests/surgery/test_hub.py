@@ -301,7 +301,7 @@ def test_a_wait_ends_when_the_work_is_stopped(hub, repo, slept, tmp_path):
 REFUSALS = [
     (403, "GatedRepo", r"^ann/Tiny-Llama is gated: ask for access at http://127\.0\.0\.1:\d+/ann/Tiny-Llama, then run `hf auth login`$"),
     (401, "GatedRepo", "is gated: ask for access"),
-    (401, "RepoNotFound", "no public model .* check the spelling, or run `hf auth login` if it is private"),
+    (401, "RepoNotFound", "no public model .* check it, or run `hf auth login` if it is private"),
     (404, "RepoNotFound", "no public model"),
     (404, "RevisionNotFound", "has no revision .*; see http://.*/ann/Tiny-Llama/commits/main"),
     (401, "", r"wants a valid token \(401\); run `hf auth login`, or set HF_TOKEN"),
@@ -324,7 +324,7 @@ def test_refusals_say_what_to_do_at_once(hub, repo, status, code, expected):
 
 def test_more_refusals(hub, repo, folder):
     assert line(open_hub, REPO, "v9").startswith(f"{REPO} has no revision v9; see {hub.endpoint}/{REPO}")
-    assert line(open_hub, "ann/nothing").startswith(f"ann/nothing: no public model at {hub.endpoint}")
+    assert line(open_hub, "ann/nothing").startswith(f"ann/nothing: no such folder, and no public model at {hub.endpoint}")
     hub.add("ann/secret", folder, private=True)
     assert open_hub("ann/secret").read("config.json", 0, 3) == b'{"a'
     del hub.repos[REPO].files[0]

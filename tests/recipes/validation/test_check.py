@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 
 from downcycle.recipes.validation import axolotl_schema
-from downcycle.recipes.validation.check import axolotl_faults, check_file, check_keys, conflicts, read_config, validate
+from downcycle.recipes.validation.check import check_file, check_keys, conflicts, read_config, validate
+from downcycle.recipes.validation.conflicts import HANDED_ON
+from downcycle.recipes.validation.data_conflicts import FILE_TYPES
 from downcycle.recipes.validation.hardware import capabilities
+from downcycle.recipes.validation.names import FOREIGN_NAMES, MAPPED, STILL_READ, modern, notes, replacements
+from downcycle.recipes.validation.sharding import assumed_gpus
 from downcycle.surgery.errors import DowncycleError
 
 from good_configs import BASE, FSDP, GOOD, LORA, NO_DATA, QLORA, STREAM, WITH_PLUGINS, good
@@ -49,7 +53,11 @@ FAULTS = {
     ),
     "prune ratio": (LORA | {"relora_prune_ratio": 1.5}, "relora_prune_ratio: 1.5 where at most 1.0 is needed", True),
     "qat dtype": (BASE | {"qat": {"weight_dtype": "int2"}}, "qat.weight_dtype: 'int2' is none of", True),
-    "fsdp prefix": (BASE | {"fsdp_version": 2, "fsdp_config": {"fsdp_offload_params": True}}, "write offload_params", False),
+    "fsdp prefix": (
+        BASE | {"fsdp_version": 2, "fsdp_config": {"fsdp_offload_params": "maybe"}},
+        "fsdp_config.fsdp_offload_params: 'maybe' where true or false is needed",
+        True,
+    ),
     "optimizer": (BASE | {"optimizer": "adamw_tosh"}, "optimizer: 'adamw_tosh' is none", False),
     "scheduler": (
         BASE | {"lr_scheduler": "cosin"},
@@ -115,7 +123,7 @@ FAULTS = {
     "best model unsaved": (BASE | {"val_set_size": 9, "load_best_model_at_end": True}, "load_best_model_at_end: Axolotl ignores it", False),
     "best model between": (
         BASE | {"val_set_size": 9, "load_best_model_at_end": True, "save_steps": 30, "eval_steps": 20},
-        "eval_steps: 20 does not divide save_steps: 30",
+        "eval_steps: 20 does not divide 30 (save_steps)",
         False,
     ),
     "best by nothing": (BASE | {"val_set_size": 9, "save_strategy": "best"}, "metric_for_best_model: missing", True),
@@ -125,7 +133,76 @@ FAULTS = {
         "cosine_min_lr_ratio: not read with",
         False,
     ),
-    "old offload": (BASE | {"gradient_checkpointing": "offload"}, "activation_offloading: true", False),
+    "best model between shares": (
+        BASE | {"val_set_size": 9, "load_best_model_at_end": True, "save_steps": 0.5, "eval_steps": 0.2},
+        "eval_steps: 0.2 does not divide 0.5 (save_steps)",
+        False,
+    ),
+    "best model between saves of an epoch": (
+        BASE | {"val_set_size": 9, "load_best_model_at_end": True, "num_epochs": 2, "saves_per_epoch": 2, "evals_per_epoch": 3},
+        "evals_per_epoch: 0.1667 does not divide 0.25 (save_steps)",
+        False,
+    ),
+    "two halves": (BASE | {"fp16": True, "bf16": True}, "fp16: not together with bf16; bf16 wins silently", False),
+    "lines of json": (
+        BASE | {"datasets": [{"path": "a.jsonl", "ds_type": "jsonl"}]},
+        "datasets[0].ds_type: 'jsonl' is no kind of file that datasets loads; write json",
+        False,
+    ),
+    "layer class": (
+        BASE | FSDP | {"fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecodeLayer"}},
+        "transformers has no class LlamaDecodeLayer; did you mean LlamaDecoderLayer?",
+        False,
+    ),
+    "DeepSpeed's batch": (
+        BASE | {"micro_batch_size": 2, "deepspeed": {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}}},
+        "deepspeed.train_micro_batch_size_per_gpu: 4 where micro_batch_size makes 2",
+        False,
+    ),
+    "DeepSpeed's steps": (BASE | {"deepspeed": {"gradient_accumulation_steps": 8}}, "deepspeed.gradient_accumulation_steps: 8", False),
+    "DeepSpeed's whole batch": (BASE | {"deepspeed": {"train_batch_size": 8}}, "deepspeed.train_batch_size: 8 where", False),
+    "DeepSpeed's clipping": (BASE | {"max_grad_norm": 0.5, "deepspeed": {"gradient_clipping": 1.0}}, "max_grad_norm makes 0.5", False),
+    "DeepSpeed's slip": (
+        BASE | {"deepspeed": {"zero_optimisation": {"stage": 2}}},
+        "deepspeed.zero_optimisation: DeepSpeed has no such setting; did you mean zero_optimization?",
+        False,
+    ),
+    "DeepSpeed's nested slip": (
+        BASE | {"deepspeed": {"zero_optimization": {"stage": 2, "overlap_com": True}}},
+        "deepspeed.zero_optimization.overlap_com: DeepSpeed has no such setting; did you mean overlap_comm?",
+        False,
+    ),
+    "wandb mode": (BASE | {"wandb_mode": "ofline"}, "wandb_mode: 'ofline' is none of online, offline", False),
+    "checkpointing setting": (
+        BASE | {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentran": False}},
+        "gradient_checkpointing_kwargs.use_reentran: no such setting",
+        False,
+    ),
+    "bitsandbytes setting": (
+        QLORA | {"bnb_config_kwargs": {"bnb_4bit_quant_typ": "nf4"}},
+        "did you mean bnb_4bit_quant_type?",
+        False,
+    ),
+    "workers": (BASE | {"dataloader_num_workers": -2}, "dataloader_num_workers: -2 where a number from 0", False),
+    "steps below none": (BASE | {"max_steps": -5}, "max_steps: -5 where a number from -1", False),
+    "kernels in 8 bit": (
+        LORA | {"load_in_8bit": True, "lora_qkv_kernel": True},
+        "lora_qkv_kernel: Axolotl's LoRA kernels cannot read 8-bit weights",
+        True,
+    ),
+    "attention twice": (
+        BASE | {"flash_attention": True, "attn_implementation": "sdpa"},
+        "flash_attention: the old name of attn_implementation, which is there too",
+        True,
+    ),
+    "workers twice": (BASE | {"dataset_processes": 2, "dataset_num_proc": 4}, "dataset_processes: the old name of dataset_num_proc", False),
+    "old name, wrong kind": (BASE | {"dataset_processes": "many"}, "dataset_processes: 'many' where a whole number is needed", True),
+    "a name of transformers": (BASE | {"per_device_train_batch_size": 4}, "did you mean micro_batch_size?", True),
+    "a name of bitsandbytes": (QLORA | {"bnb_4bit_quant_type": "nf4"}, "did you mean bnb_config_kwargs: {bnb_4bit_quant_type: ...}?", True),
+    "field text": (BASE | {"datasets": [{"path": "a", "field_text": "t"}]}, "datasets[0].field_text: Axolotl has no such key here", False),
+    "no name": (BASE | {"": {"x": 5}}, '"": a key without a name', True),
+    "no name inside": (BASE | {"special_tokens": {"": 5}}, "special_tokens: holds a key without a name", False),
+    "chat template": (BASE | {"chat_template": "lama3"}, "llama3, ", True),
     "offload of nothing": (BASE | {"activation_offloading": True}, "activation_offloading: needs gradient_checkpointing", True),
     "half precision": (BASE | {"bf16": False, "fp16": True}, "fp16: weights loaded in fp16 cannot be fine-tuned whole", False),
     "on top of the parent": (BASE | {"output_dir": "prince-canuma/Llama-3-6B-v0/"}, "output_dir: is base_model", False),
@@ -149,6 +226,31 @@ MISFITS = {
         "fsdp_config.cpu_ram_efficient_loading: deadlocks",
     ),
     "mesh": (BASE | FSDP | {"dp_shard_size": 3}, 4, "sm_80", "dp_shard_size: dp_shard_size 3 does not divide 4 GPUs"),
+    "Liger in parts of layers": (
+        {**good("liger")[0], "liger_fused_linear_cross_entropy": False, "tensor_parallel_size": 2},
+        2,
+        "sm_80",
+        "liger_rms_norm: Liger cannot work on the parts that tensor_parallel_size makes",
+    ),
+    "Liger's loss in parts of layers": (
+        {**good("liger")[0], "liger_rms_norm": False, "tensor_parallel_size": 2},
+        2,
+        "sm_80",
+        "liger_fused_linear_cross_entropy: Liger cannot work on the parts",
+    ),
+    "parts of sequences, packed": (
+        BASE | PACKED | {"context_parallel_size": 2, "micro_batch_size": 2, "attn_implementation": "flash_attention_2"},
+        2,
+        "sm_80",
+        "micro_batch_size: must be 1 with context_parallel_size and sample_packing",
+    ),
+    "parts of sequences, by SDPA": (
+        BASE | {"sequence_parallel_degree": 2, "sdp_attention": True},
+        2,
+        "sm_80",
+        "sdpa cannot split a sequence",
+    ),
+    "DeepSpeed's batch over GPUs": (BASE | {"deepspeed": {"train_batch_size": 2}}, 4, "sm_80", "x GPUs makes 4, and transformers refuses"),
     "shards of nothing": (BASE | {"dp_shard_size": 2}, 2, "sm_80", "dp_shard_size: needs fsdp_config"),
     "fp8 on an A100": (BASE | {"fp8": True}, 1, "sm_80", "fp8: true needs sm_90 or newer; sm_80 is refused by Axolotl"),
     "fp8 on a 4090": (BASE | {"fp8": True}, 1, "sm_89", "fp8: true needs sm_90"),
@@ -248,7 +350,7 @@ def test_the_check_of_keys_takes_milliseconds_and_loads_neither_torch_nor_axolot
 def test_what_is_no_yaml_mapping_is_said(tmp_path, text, words):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text)
-    faults = check_file(path)
+    faults = check_file(path).faults
     assert len(faults) == 1 and words in faults[0], faults
 
 
@@ -275,11 +377,142 @@ def test_what_axolotl_would_find_out_about_a_machine():
     assert capabilities(0, "sm_90") == {"bf16": False, "fp8": False, "tf32": False, "n_gpu": 1, "compute_capability": None}
 
 
-def test_without_axolotl_its_own_validation_names_the_extra(tmp_path, monkeypatch):
+def test_without_axolotl_our_own_checks_still_run(tmp_path, monkeypatch):
     monkeypatch.setattr("downcycle.recipes.validation.check.find_spec", lambda name: None)
-    (tmp_path / "a.yaml").write_text("base_model: m\n")
+    path = tmp_path / "a.yaml"
+    path.write_text("base_model: m\nlearning_rate: 1.0e-4\ndatasets: [{path: a, type: completion}]\nlorra_r: 3\nflash_attention: true\n")
+    found = check_file(path)
+    assert len(found.faults) == 1 and "lorra_r" in found.faults[0] and not found.by_axolotl
+    assert [note.split(":")[0] for note in found.notes] == [
+        "flash_attention",
+        "Axolotl's own validation was left out, since Axolotl is not installed; for it",
+    ]
     with pytest.raises(DowncycleError, match=r"pip install 'downcycle\[train\]'"):
-        axolotl_faults(tmp_path / "a.yaml")
+        validate([(BASE, 1, "sm_80")])
+
+
+def test_the_command_tells_faults_from_notes(downcycle, tmp_path, monkeypatch):
+    monkeypatch.setattr("downcycle.recipes.validation.check.find_spec", lambda name: None)
+    path = tmp_path / "a.yaml"
+    path.write_text("base_model: m\nlearning_rate: 1.0e-4\ndatasets: [{path: a, type: completion}]\nflash_attention: true\ndebug:\n")
+    code, out, err = downcycle("recipe", "--check", path)
+    assert code == 0 and out.strip() == f"{path}: no fault found for 1 x sm_80"
+    assert len(err.splitlines()) == 2 and all(line.startswith(f"{path}: note: ") for line in err.splitlines())
+    shown = json.loads(downcycle("recipe", "--check", path, "--json").out)
+    assert shown["file"] == str(path) and shown["faults"] == [] and len(shown["notes"]) == 2
+    path.write_text(path.read_text() + "fsdp_version: 2\nfsdp_config: {offload_params: true}\nwarmup_ratio: 2\n")
+    code, out, err = downcycle("recipe", "--check", path)
+    assert code == 1 and "warmup_ratio" in err and "1 fault for 2 x sm_80 (assumed, since it shards" in err.splitlines()[-1]
+
+
+def test_a_published_file_in_old_spelling_has_no_fault(tmp_path):
+    path = Path(__file__).with_name("published_in_old_spelling.yaml")
+    config, faults = read_config(path)
+    assert faults + faults_of(config) == []
+    assert notes(config) == ["flash_attention: an old name that Axolotl still reads; write attn_implementation: flash_attention_2"]
+    assert modern(config)["attn_implementation"] == "flash_attention_2"
+
+
+# name: (config, GPUs, the notes)
+OLD = {
+    "offload": (BASE | {"gradient_checkpointing": "offload"}, 1, ["gradient_checkpointing"]),
+    "offload to disk": (BASE | {"gradient_checkpointing": "offload_disk"}, 1, ["gradient_checkpointing"]),
+    "names": (
+        BASE | {"dataset_processes": 2, "noisy_embedding_alpha": 5, "evaluation_strategy": "steps", "eval_steps": 5, "val_set_size": 0.1},
+        1,
+        ["dataset_processes", "noisy_embedding_alpha", "evaluation_strategy"],
+    ),
+    "in a dataset": (
+        BASE | {"datasets": [{"path": "a", "type": "chat_template", "message_field_role": "from"}], "chat_template": "chatml"},
+        1,
+        ["datasets[0].message_field_role"],
+    ),
+    "FSDP": (
+        BASE
+        | {"fsdp": ["full_shard", "auto_wrap"], "fsdp_version": 2}
+        | {"fsdp_config": {"fsdp_offload_params": True, "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}},
+        2,
+        ["fsdp", "fsdp_config.fsdp_offload_params", "fsdp_config.fsdp_transformer_layer_cls_to_wrap"],
+    ),
+    "no value": (BASE | {"debug": None, "fsdp": None, "datasets": [{"path": "a", "typ": None}], "liger_rms_norm": None}, 1, []),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_an_old_spelling_that_axolotl_reads_is_a_note(name):
+    config, gpus, keys = OLD[name]
+    assert faults_of(config, gpus) == [] and [note.split(": ")[0] for note in notes(config)] == keys
+
+
+def test_names_of_other_trainers_lead_to_keys_that_axolotl_has():
+    models = axolotl_schema.load_keys()["models"]
+    known = {key for name in ("AxolotlInputConfig", "LigerArgs") for key in models[name]["properties"]}
+    assert {meant.split(":")[0] for meant in FOREIGN_NAMES.values()} <= known and not set(FOREIGN_NAMES) & known
+    assert set(MAPPED) <= set(STILL_READ) <= set(replacements()) and {replacements()[key].split(":")[0] for key in MAPPED} <= known
+    for name, meant in FOREIGN_NAMES.items():
+        assert check_keys(BASE | {name: 3}) == [f"{name}: Axolotl has no such key and would drop it silently; did you mean {meant}?"]
+
+
+def test_a_line_never_lists_dozens_of_names():
+    (fault,) = check_keys(BASE | {"chat_template": "lama3"})
+    assert fault.endswith("did you mean llama3?") and "34 others" in fault and len(fault) < 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus"),
+    [
+        ({}, 1),
+        (FSDP, 2),
+        ({"deepspeed": "zero3.json"}, 2),
+        (FSDP | {"dp_shard_size": 4, "dp_replicate_size": 2}, 8),
+        ({"sequence_parallel_degree": 4}, 4),
+        ({"use_ray": True, "ray_num_workers": 8}, 8),
+        ({"use_ray": True}, 2),
+        ({"deepspeed": {"train_batch_size": 64}, "micro_batch_size": 2, "gradient_accumulation_steps": 8}, 4),
+        ({"deepspeed": {"train_batch_size": 63}, "micro_batch_size": 2}, 2),
+        ({"deepspeed": {"train_batch_size": "auto"}}, 2),
+    ],
+)
+def test_a_config_that_shards_takes_several_gpus(settings, gpus):
+    assert assumed_gpus(BASE | settings) == gpus
+
+
+def test_the_configs_that_are_shipped_pass_without_a_machine():
+    from downcycle.recipes.configs import FOLDER
+
+    for path in FOLDER.rglob("*.yaml"):
+        config, faults = read_config(path)
+        assert faults + faults_of(config, assumed_gpus(config)) + notes(config) == [], path
+
+
+def test_a_deepspeed_file_is_looked_for_where_axolotl_would(tmp_path, monkeypatch):
+    monkeypatch.setattr("downcycle.recipes.validation.check.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.yaml"
+
+    def found(named):
+        path.write_text(json.dumps(BASE | {"deepspeed": named}))
+        report = check_file(path)
+        return report.faults, [note for note in report.notes if "deepspeed" in note]
+
+    assert found("none.json")[0] == ["deepspeed: there is no file none.json here, where Axolotl looks for it"]
+    assert found("deepspeed_configs/zero33.json")[0][0].endswith("did you mean deepspeed_configs/zero3.json?")
+    faults, told = found("deepspeed_configs/zero3.json")
+    assert faults == [] and "axolotl fetch deepspeed_configs" in told[0]
+    (tmp_path / "none.json").write_text("{}")
+    assert found("none.json") == ([], [])
+
+
+def test_what_is_handed_on_is_what_the_libraries_know():
+    pytest.importorskip("axolotl")
+    import inspect
+
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+    from transformers import BitsAndBytesConfig
+
+    known = set(inspect.signature(BitsAndBytesConfig.__init__).parameters) - {"self", "kwargs"}
+    assert set(HANDED_ON["bnb_config_kwargs"]) == known | {"blocksize"}
+    assert set(FILE_TYPES) == set(_PACKAGED_DATASETS_MODULES)
 
 
 @pytest.fixture
@@ -316,7 +549,7 @@ def test_axolotl_reports_all_faults_together_in_one_line_each(tmp_path):
         "plugins: [no_such_package.Plugin]\nwarmup_steps: 1\nwarmup_ratio: 0.1\nearly_stopping_patience: 2\n"
         "num_epochs: many\nmax_packed_sequence_len: 3\nfp8: true\nlorra_r: 3\nscaling_softmax: true\n"
     )
-    theirs = axolotl_faults(path)
+    theirs = validate([(read_config(path)[0], 1, "sm_80")])[0]
     for words in (
         "plugins: no_such_package.Plugin cannot be loaded (ModuleNotFoundError",
         "lorra_r: neither Axolotl nor a plugin of this config has such a key",
@@ -345,11 +578,12 @@ def test_a_file_is_checked_by_all_and_no_fault_is_said_twice(tmp_path):
     path.write_text(
         "base_model: m\nlearning_rate: 1.0e-4\ndatasets: [{path: a, type: completion}]\nwarmup_steps: 1\nwarmup_ratio: 0.1\n"
         "save_safetensors: false\nlorra_r: 3\ndo_bench_eval: true\nchat_template: jinja\n"
+        "dataset_processes: many\nadapter: qlora\nload_in_8bit: true\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true\n"
     )
-    faults = check_file(path)
-    for key in ("warmup_steps", "save_safetensors", "lorra_r", "do_bench_eval requires", "chat_template_jinja"):
+    faults = check_file(path).faults
+    for key in ("warmup_steps", "save_safetensors", "lorra_r", "do_bench_eval requires", "chat_template_jinja", "many", "8bit"):
         assert sum(key in fault for fault in faults) == 1, (key, faults)
-    assert len(faults) == 5, faults
+    assert len(faults) == 7, faults
 
 
 def test_the_file_of_keys_is_what_axolotl_has_and_small():
