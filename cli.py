@@ -274,5 +274,7 @@ def _print_cut(parent: Checkpoint, kept: list[int], summary: dict[str, Any], dry
         lines += [f"  {name}  {format_bytes(count)}" for name, count in summary["shards"].items()]
         lines.append(f"  {', '.join(summary['files'])}")
         lines += [f"but as things are it would be refused: {summary['obstacle']}"] if summary["obstacle"] else []
+    elif RECIPE in summary["files"]:
+        lines.append(f"with {RECIPE}, which heals it; for your GPUs: downcycle recipe {summary['out']} --gpus N --gpu-memory GIB")
     for line in lines:
         typer.echo(line, err=not dry_run)

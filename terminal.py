@@ -95,19 +95,30 @@ def stage_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda what, done, total: None
     elif sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TaskID,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
         )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("")
-            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+            tasks: dict[str, TaskID] = {}  # a bar for each stage
+
+            def show(what: str, done: int, total: int) -> None:
+                stage = what.partition(":")[0]
+                if stage not in tasks:
+                    for before in tasks.values():
+                        bar.stop_task(before)
+                    tasks[stage] = bar.add_task(what, total=total or None)
+                bar.update(tasks[stage], description=what, completed=done, total=total or None)
+
+            yield show
     else:
         stage, line, told = "", "", 0.0
 

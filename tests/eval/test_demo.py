@@ -157,6 +157,7 @@ def test_the_command_prints_bars_and_what_was_won(demo):
     out = (Path(demo.child).parent.parent / "stdout").read_text(encoding="utf-8")
     assert out.splitlines() == [
         *loss_lines(demo),
+        "child and healed model are verified: each holds what it was made from, byte for byte",
         f"healing won back {demo.recovered:.0%} of what the cut cost, in {demo.seconds:.0f} s; picture: {demo.picture}",
     ]
 
@@ -173,6 +174,12 @@ def test_an_existing_folder_is_refused_untouched(tmp_path, tree):
 def test_the_command_refuses_an_existing_folder(refused, tmp_path):
     (tmp_path / "out").mkdir()
     assert refused("demo", "--out", tmp_path / "out", "--json").startswith(f"downcycle: --out {tmp_path / 'out'}: exists already")
+
+
+def test_a_demo_that_was_interrupted_says_so(tmp_path):
+    (tmp_path / "out" / "child").mkdir(parents=True)
+    with pytest.raises(DowncycleError, match="holds a demo that was interrupted; delete it"):
+        run_demo(tmp_path / "out")
 
 
 def test_a_missing_package_is_named_before_anything_is_made(tmp_path, monkeypatch):

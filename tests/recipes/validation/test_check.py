@@ -187,7 +187,7 @@ FAULTS = {
     "steps below none": (BASE | {"max_steps": -5}, "max_steps: -5 where a number from -1", False),
     "kernels in 8 bit": (
         LORA | {"load_in_8bit": True, "lora_qkv_kernel": True},
-        "lora_qkv_kernel: Axolotl's LoRA kernels cannot read 8-bit weights",
+        "lora_qkv_kernel: Axolotl's LoRA kernels cannot read the weights of load_in_8bit",
         True,
     ),
     "attention twice": (
