@@ -160,7 +160,7 @@ def _check(path: Path, gpus: int | None, arch: str, as_json: bool) -> None:
             typer.echo(f"{path}: {line}", err=True)
     machine = f"{found.gpus} x {arch}" if found.gpus else "a CPU"
     if gpus is None and found.gpus > 1:
-        machine += " (assumed, since it shards; say otherwise with --gpus)"
+        machine += " (assumed, since the file asks for several; say otherwise with --gpus)"
     if found.faults:
         count = f"{len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"
         raise DowncycleError(f"{path}: {count} for {machine}; mend and check again")

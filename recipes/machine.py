@@ -12,6 +12,7 @@ from typing import Any
 
 from ..surgery.errors import DowncycleError
 from .memory import GIB, ModelSize, Training, format_gib, needed_bytes, training_bytes
+from .validation.model_faults import parameter_pattern
 
 LARGEST_MICRO_BATCH = 16  # more sequences at once win nothing once a GPU is busy
 PARALLEL = ("auto", "ddp", "fsdp2", "zero3")
@@ -181,8 +182,8 @@ def _trained(size: ModelSize, settings: Mapping[str, Any]) -> int:
     patterns = settings.get("unfrozen_parameters")
     if not patterns:
         return size.elements
-    ranged = [re.compile(re.sub(r"\[\d*(:\d*)?\]$", "", pattern).replace(".", r"\.")) for pattern in patterns]
-    return sum(count for name, count in size.parameters.items() if any(pattern.match(name) for pattern in ranged))
+    matches = [parameter_pattern(pattern).match for pattern in patterns]
+    return sum(count for name, count in size.parameters.items() if any(match(name) for match in matches))
 
 
 def _added(size: ModelSize, settings: Mapping[str, Any]) -> int:

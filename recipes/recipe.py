@@ -20,6 +20,7 @@ from .presets import PRESETS, Preset, Setting
 from .text_source import TextSource, find_text
 from .validation.check import check_keys
 from .validation.conflicts import conflicts
+from .validation.model_faults import model_faults, positions
 
 ENOUGH_TOKENS = 1_000_000_000  # what a stream, which has no end, is trained on
 USER = "set by you"
@@ -85,13 +86,13 @@ def make_recipe(
         raise DowncycleError(f"{base_model}: its weights are quantised already, and cannot be trained; cut and heal the unquantised model")
     overrides = overrides or {}
     values = {key: setting.value for key, setting in _override(settings, overrides).items()}
-    _check_values(values, model)
+    _check_values(values)
     split = fit(size, values, machine, batch=batch, default=chosen.batch, micro_batch=chosen.micro_batch, parallel=parallel)
     settings |= _machine_settings(split, values, machine, ray)
     settings |= _amount_settings(settings, split, values, dataset)
     settings = _override(settings, overrides)
     recipe = Recipe(preset, settings, base_model, size, machine, split, dataset)
-    _check(recipe)
+    _check(recipe, model)
     return recipe
 
 
@@ -111,15 +112,9 @@ def _model_settings(model: Checkpoint, base_model: str, preset: str, chosen: Pre
     if chosen.trained_layers:
         last = min(chosen.trained_layers, model.num_layers)
         settings["unfrozen_parameters"] = Setting(tail_parameters(model, last), "regular expressions; Axolotl takes a dot for a dot")
-    if (longest := _positions(model)) and longest < chosen.settings["sequence_len"].value:
+    if (longest := positions(model)) and longest < chosen.settings["sequence_len"].value:
         settings["sequence_len"] = Setting(longest, "as long as the model's positions go")
     return settings
-
-
-def _positions(model: Checkpoint) -> int:
-    """How long a sequence the model was made for, 0 where its config does not say."""
-    stated = (model.config.get("text_config") or model.config).get("max_position_embeddings")
-    return stated if type(stated) is int and stated > 0 else 0
 
 
 def _text_settings(text: TextSource, chosen: Preset) -> dict[str, Setting]:
@@ -231,22 +226,22 @@ def _place(inner: Any, part: str, key: str) -> Any:
     raise DowncycleError(f"--set {key}: there is no {part!r} to set in {str(inner)[:60]!r}")
 
 
-def _check_values(values: dict[str, Any], model: Checkpoint) -> None:
+def _check_values(values: dict[str, Any]) -> None:
     """Refuse values of the wrong kind before they are reckoned with."""
     if faults := check_keys(values):
         raise DowncycleError("; ".join(faults))
     length = values.get("sequence_len")
     if type(length) is not int or length < 1:
         raise DowncycleError(f"sequence_len {length!r}: give a number of tokens, like 4096")
-    longest = _positions(model)
-    stretched = "rope" in str(values.get("overrides_of_model_config")) + str(values.get("overrides_of_model_kwargs"))
-    if longest and length > longest and not stretched:
-        raise DowncycleError(f"sequence_len {length}: the model has {longest} positions; give at most so many, or stretch its rope first")
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, model: Checkpoint) -> None:
     """Refuse a recipe with a fault; only keys that the user set can have one."""
     config = recipe.config
-    faults = check_keys(config) + conflicts(config, recipe.machine.gpus * recipe.machine.nodes, recipe.machine.arch)
+    faults = [
+        *check_keys(config),
+        *conflicts(config, recipe.machine.gpus * recipe.machine.nodes, recipe.machine.arch),
+        *model_faults(config, model),
+    ]
     if faults:
         raise DowncycleError("; ".join(faults))

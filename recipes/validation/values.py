@@ -60,7 +60,8 @@ def _union_faults(value: Any, schema: dict[str, Any], path: str) -> list[str]:
     if alike and isinstance(value, dict | list):
         return min(alike, key=len)
     choices = [name for _, part in found for name in part.get("enum", [part["const"]] if "const" in part else [])]
-    kinds = [WORDS[part["type"]] for _, part in found if isinstance(part.get("type"), str) and "enum" not in part and "const" not in part]
+    plain = [part for _, part in found if isinstance(part.get("type"), str) and "enum" not in part and "const" not in part]
+    kinds = [f"text like {part['pattern']}" if "pattern" in part else WORDS[part["type"]] for part in plain]
     limits = [text for faults, part in found if _fits(value, part.get("type", "")) for text in faults]
     if limits and not choices:
         return limits

@@ -1,0 +1,61 @@
+"""What a config says of its model, held against the model itself: positions, tokens, names of modules and parameters.
+
+Reads config, tokenizer files and tensor names; no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ...surgery.checkpoint import Checkpoint, file_bytes
+
+VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def model_faults(config: dict[str, Any], model: Checkpoint) -> Iterator[str]:
+    """Yield what of a config does not fit its model."""
+    longest, length = positions(model), config.get("sequence_len")
+    stretched = "rope" in f"{config.get('overrides_of_model_config')} {config.get('overrides_of_model_kwargs')}"
+    if longest and type(length) is int and length > longest and not stretched:
+        yield f"sequence_len: {length}, and the model has {longest} positions; give at most so many, or stretch its rope first"
+    yield from _token_faults(config, model)
+    yield from _name_faults(config, model)
+
+
+def positions(model: Checkpoint) -> int:
+    """How long a sequence the model was made for, 0 where its config does not say."""
+    stated = (model.config.get("text_config") or model.config).get("max_position_embeddings")
+    return stated if type(stated) is int and stated > 0 else 0
+
+
+def _token_faults(config: dict[str, Any], model: Checkpoint) -> Iterator[str]:
+    """Tokens that the vocabulary lacks: Axolotl adds them, the embeddings grow, and no merge fits any more."""
+    special = config.get("special_tokens")
+    if VOCABULARY[0] not in model.files or not isinstance(special, dict) or config.get("tokenizer_config"):
+        return
+    text = b"".join(file_bytes(model.files[name]) for name in VOCABULARY if name in model.files)
+    for name, token in special.items():
+        spellings = (json.dumps(token), json.dumps(token, ensure_ascii=False)) if isinstance(token, str) else ()
+        if spellings and not any(spelling.encode() in text for spelling in spellings):
+            yield f"special_tokens.{name}: {token!r} is not in the vocabulary, and would grow it and the embeddings; name one that is there"
+
+
+def _name_faults(config: dict[str, Any], model: Checkpoint) -> Iterator[str]:
+    modules = {name.rpartition(".")[0] for name in model.tensors}
+    experts = any(".experts." in name for name in model.tensors)  # whose modules transformers calls otherwise than the files do
+    for key in () if experts else ("lora_target_modules", "lora_modules_to_save"):
+        for name in config.get(key) or () if isinstance(config.get(key), list) else ():
+            if not any(f".{module}".endswith(f".{name}") for module in modules):
+                yield f"{key}: the model has no module {name!r}"
+    for pattern in config.get("unfrozen_parameters") or ():
+        match = parameter_pattern(pattern).match
+        if not any(match(name) for name in model.tensors):
+            yield f"unfrozen_parameters: {pattern!r} is no parameter's name, and would leave all frozen"
+
+
+def parameter_pattern(pattern: str) -> re.Pattern[str]:
+    """Read a pattern of unfrozen_parameters as Axolotl does: a dot is a dot, and a range of rows behind it is another matter."""
+    return re.compile(re.sub(r"\[\d*(:\d*)?\]$", "", pattern).replace(".", r"\."))
