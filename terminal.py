@@ -34,7 +34,8 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None
     """End with a usage error where one of these options stands on the command line."""
     for name in names:
         if was_given(context, name):
-            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            given = next(parameter for parameter in context.command.params if parameter.name == name)
+            option = given.opts[0] if given.opts[0].startswith("-") else given.make_metavar(context)
             raise typer.BadParameter(f"{option} {why}", context)
 
 

@@ -48,10 +48,10 @@ def recipe(
     if check is not None:
         refuse_given(
             context,
-            ["src", "preset", "dataset", "gpu_memory", "nodes", "parallel", "ray", "batch", "sets", "out"],
+            ["src", "preset", "dataset", "gpu_memory", "parallel", "ray", "batch", "sets", "out"],
             "makes a recipe, --check reads one",
         )
-        _check(check, gpus, gpu_arch, as_json)
+        _check(check, None if gpus is None else gpus * nodes, gpu_arch, as_json)
         return
     if src is None:
         raise typer.BadParameter("give the model's folder, or --check FILE", context)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..surgery.errors import DowncycleError
 from .memory import GIB, ModelSize, Training, format_gib, needed_bytes, training_bytes
+from .validation.hardware import AMPERE, compute_capability
 from .validation.model_faults import parameter_pattern
 
 LARGEST_MICRO_BATCH = 16  # more sequences at once win nothing once a GPU is busy
@@ -41,7 +42,7 @@ class Machine:
     @property
     def ampere(self) -> bool:
         """Whether its GPUs have bf16, tf32 and flash attention 2."""
-        return self.gpus > 0 and int(self.arch.removeprefix("sm_")) >= 80
+        return self.gpus > 0 and compute_capability(self.arch) >= AMPERE
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,12 @@ class Fit:
 def check_machine(machine: Machine, parallel: str) -> None:
     """Refuse what is no machine."""
     if machine.gpus < 0 or machine.nodes < 1:
-        raise DowncycleError(f"--gpus {machine.gpus} --nodes {machine.nodes}: give at least one node; --gpus 0 is a CPU")
+        raise DowncycleError(f"--gpus {machine.gpus} --nodes {machine.nodes}: give GPUs from 0, which is a CPU, and nodes from 1")
     if machine.gpus == 0 and machine.nodes > 1:
         raise DowncycleError(f"--gpus 0 --nodes {machine.nodes}: Axolotl trains on one CPU only; leave --nodes out")
     if machine.memory is not None and not 1 <= machine.memory <= 10_000:
         raise DowncycleError(f"--gpu-memory {machine.memory:g}: give the GiB of one GPU, like 24 or 80")
-    if not re.fullmatch(r"sm_[1-9]\d{1,2}", machine.arch):
-        raise DowncycleError(
-            f"--gpu-arch {machine.arch}: give a compute capability, like sm_75 (T4), sm_80 (A100), sm_86 (A6000), sm_90 (H100)"
-        )
+    compute_capability(machine.arch)
     if parallel not in PARALLEL:
         raise DowncycleError(f"--parallel {parallel}: choose one of {', '.join(PARALLEL)}")
     if parallel != "auto" and machine.world == 1:

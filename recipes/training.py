@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ..surgery.errors import DowncycleError
 LOG = "axolotl.log"
 HEARTBEAT = 5.0  # seconds of silence after which progress is told again
 PATIENCE = 10.0  # seconds that a stopped process has to end by itself
+GRACE = 1.0  # seconds more that what it started has; short, as the dead stay in the group where a container's first process reaps none
 TEXTS = ("datasets", "test_datasets", "pretraining_dataset")
 
 
@@ -112,7 +114,7 @@ def _run(command: list[str], stages: dict[str, str], environment: dict[str, str]
     )
     assert process.stdout
     try:
-        for text in _pieces(process.stdout.fileno()):
+        for text in _pieces(process):
             log.write(text)
             log.flush()
             now = _advance(now, text.decode(errors="replace"), stages)
@@ -125,15 +127,19 @@ def _run(command: list[str], stages: dict[str, str], environment: dict[str, str]
         raise DowncycleError(f"axolotl {command[3]} {_fault(status, Path(log.name), begin)}; the log is {log.name}")
 
 
-def _pieces(descriptor: int) -> Iterator[bytes]:
+def _pieces(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
     """Yield what a process writes, as it comes, and an empty piece after each HEARTBEAT of silence."""
+    assert process.stdout
+    descriptor = process.stdout.fileno()
     while True:
-        if not select.select([descriptor], [], [], HEARTBEAT)[0]:
-            yield b""
-        elif text := os.read(descriptor, 65536):
+        if select.select([descriptor], [], [], HEARTBEAT)[0]:
+            if not (text := os.read(descriptor, 65536)):
+                return
             yield text
+        elif process.poll() is None:
+            yield b""
         else:
-            return
+            return  # what it started holds its output open
 
 
 def _advance(now: Step, text: str, stages: dict[str, str]) -> Step:
@@ -151,13 +157,16 @@ def _advance(now: Step, text: str, stages: dict[str, str]) -> Step:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started: asked first, then by force."""
+    """End a process and all that it started, whether it has ended itself or not: asked first, then by force."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, PermissionError):  # nothing of its group is left
             os.killpg(process.pid, sign)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE)
-            break
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            until = time.monotonic() + GRACE
+            while time.monotonic() < until:
+                os.killpg(process.pid, 0)
+                time.sleep(0.02)
 
 
 def _fault(status: int, log: Path, begin: int) -> str:

@@ -21,10 +21,10 @@ from ...surgery.errors import DowncycleError
 from ...surgery.staging import check_name, publish, staging_folder, target_path
 from .card import card, versions
 from .rounds import Rounds, Watcher
-from .shards import N_TOKENS, threshold, write_splits
+from .shards import HASH, N_TOKENS, threshold, write_splits
 from .source import PIECE_ROWS, REPORT, Filters, ParquetSource, Piece, check_columns, cut_pieces, find_parquet, read_schema
 from .tokenizer import TextTokenizer, open_tokenizer
-from .work import check_executor, finished, run_tasks
+from .work import LOGS, check_executor, finished, run_tasks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -91,11 +91,11 @@ def make_dataset(
     _check_apart(target, source)
     columns, _ = read_schema(source, source.files[0])
     check_columns(source.path(source.files[0]), columns, _needed_columns(request))
-    if N_TOKENS in columns.names:
-        columns = columns.remove(columns.get_field_index(N_TOKENS))
+    for name in {N_TOKENS, HASH} & set(columns.names):  # counted anew
+        columns = columns.remove(columns.get_field_index(name))
     tokenizer = open_tokenizer(request.tokenizer)
     digest = _digest(request, source, columns, tokenizer)
-    with staging_folder(target, digest, lambda work: bool(finished(work)), "the same command, also with other --tokens,") as staging:
+    with staging_folder(target, digest, _has_work, "the same command, also with other --tokens,") as staging:
         _check_target(target, overwrite)  # again, now that nobody else can take it
         (staging / TOKENIZER).write_text(tokenizer.json)
         rounds = Rounds(staging, request.tokens, threshold(request.held_out), progress)
@@ -117,11 +117,12 @@ def cores() -> int:
 
 
 def _check(request: Request, workers: int | None) -> None:
-    low, high = request.min_tokens, request.max_tokens
+    low, high, score = request.min_tokens, request.max_tokens, request.min_language_score
     faults = [
         request.tokens < 1 and f"--tokens {request.tokens}: give the number of training tokens wanted, such as 1B",
         not 0 <= request.held_out < 0.5 and f"--held-out {request.held_out}: give a share of the documents from 0 to less than 0.5",
         request.language == "" and "--language '': give a code as FineWeb's column has it, such as en",
+        score is not None and not 0 <= score <= 1 and f"--min-language-score {score}: give a number from 0 to 1",
         low is not None and low < 0 and f"--min-tokens {low}: give 0 or more",
         high is not None and high < max(low or 0, 1) and f"--max-tokens {high}: leaves no document; give more than --min-tokens",
         workers is not None and workers < 1 and f"--workers {workers}: give 1 or more",
@@ -152,6 +153,11 @@ def _check_apart(target: Path, source: ParquetSource) -> None:
         there, here = Path(os.path.realpath(source.url)), Path(os.path.realpath(target))
         if here == there or here in there.parents or there in here.parents:
             raise DowncycleError(f"--out {target}: lies in the source, or holds it; choose a folder beside it")
+
+
+def _has_work(staging: Path) -> bool:
+    """Whether tasks are done, or a cluster says in its logs why none is."""
+    return bool(finished(staging)) or any((staging / LOGS).glob("*"))
 
 
 def _digest(request: Request, source: ParquetSource, columns: pa.Schema, tokenizer: TextTokenizer) -> str:
@@ -185,10 +191,14 @@ def _work(
 
 
 def _too_little(request: Request, rounds: Rounds, count: int) -> str:
-    have = rounds.training_tokens()
+    have, held_out = rounds.training_tokens(), rounds.held_out_tokens()
     dropped = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in rounds.dropped(count).items())
-    advice = f"ask for at most {have}, or take more text" if have else "choose other filters or another source"
-    return f"--tokens {request.tokens}: there are {have} training tokens in all (rows dropped: {dropped or 'none'}); {advice}"
+    if have:
+        advice = f"ask for at most {have}, or take more text"
+    else:
+        advice = "give --held-out 0, or another source" if held_out else "choose other filters or another source"
+    facts = f"rows dropped: {dropped or 'none'}; tokens held out: {held_out:,}"
+    return f"--tokens {request.tokens}: there are {have} training tokens in all ({facts}); {advice}"
 
 
 def _write_whole(

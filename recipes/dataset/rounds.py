@@ -60,6 +60,10 @@ class Rounds:
         """Count the training tokens of the tasks done, up to the first that is not done."""
         return self._needed()[1]
 
+    def held_out_tokens(self) -> int:
+        """Count the other tokens that the tasks done wrote, where all are needed."""
+        return sum(count["tokens"] for count in self._counts.values()) - self.training_tokens()
+
     def split(self) -> Split:
         """How texts are held out, given the first text of all."""
         if self._split is None:
@@ -101,13 +105,14 @@ class Rounds:
 
     def _watch(self) -> bool:
         """Report progress, and say whether there is enough."""
+        done = finished(self.folder)  # asked first: what a task done has counted is final
         for path in (self.folder / "counts").glob("*.json"):
             if int(path.stem) not in self._done or path not in self._counts:
                 with suppress(OSError, ValueError):  # another process is writing it
                     self._counts[path] = json.loads(path.read_text())
         counts = self._counts.values()
         self.progress(sum(count["documents"] for count in counts), sum(count["tokens"] for count in counts))
-        if (done := finished(self.folder)) == self._done:
+        if done == self._done:
             return False
         self._done = done
         return self._needed()[1] >= self.tokens

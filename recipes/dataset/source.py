@@ -142,16 +142,33 @@ def _training_files(files: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def read_schema(source: ParquetSource, file: str) -> tuple[pa.Schema, list[int]]:
-    """Read a file's footer: its columns, and the rows of each row group."""
+    """Read a file's footer: its columns, with the types that they are given when they are read, and the rows of each row group.
+
+    Raises:
+        DowncycleError: the file is damaged, or gives one name to several columns.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
     from datatrove.io import get_datafolder
 
     try:
         with get_datafolder(source.url).open(file, "rb") as handle, pq.ParquetFile(handle) as parquet:
-            footer = parquet.metadata
-            return parquet.schema_arrow.remove_metadata(), [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+            footer, columns = parquet.metadata, parquet.schema_arrow
+            rows = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     except Exception as error:
         raise read_fault(source.path(file), error) from error
+    if repeated := {name for name in columns.names if columns.names.count(name) > 1}:
+        names = ", ".join(sorted(repeated))
+        raise DowncycleError(f"{source.path(file)}: has more than one column named {names}; write it again with one of them")
+    return pa.schema([(column.name, _plain(column.type)) for column in columns]), rows
+
+
+def _plain(type_: pa.DataType) -> pa.DataType:
+    """Give all text one type: writers of one dataset's files differ in whether they spell it large, as views, or with a dictionary."""
+    from pyarrow import string, types
+
+    held = type_.value_type if types.is_dictionary(type_) else type_
+    return string() if types.is_string(held) or types.is_large_string(held) or types.is_string_view(held) else type_
 
 
 def read_fault(path: str, error: Exception) -> Exception:
@@ -216,7 +233,6 @@ def check_columns(path: str, schema: pa.Schema, needed: dict[str, str]) -> None:
         if column not in schema.names:
             raise DowncycleError(f"{path}: has no column {column}, only {', '.join(schema.names)}; FineWeb's columns are needed")
         type_ = schema.field(column).type
-        is_text = types.is_string(type_) or types.is_large_string(type_)
         is_number = types.is_integer(type_) or types.is_floating(type_)
-        if not (is_text if kind == "string" else is_number):
+        if not (types.is_string(type_) if kind == "string" else is_number):
             raise DowncycleError(f"{path}: its column {column} holds {type_}, and {kind}s are needed, as in FineWeb")

@@ -39,10 +39,10 @@ class RowGroupReader(ParquetReader):
 
     name = "row groups"
 
-    def __init__(self, url: str, pieces: list[Piece]):
+    def __init__(self, url: str, pieces: list[Piece], schema: pa.Schema):
         super().__init__(url, adapter=_to_document)
         self.add_file_path = False
-        self.pieces = pieces
+        self.pieces, self.schema = pieces, schema
 
     def run(self, data: Documents | None = None, rank: int = 0, world_size: int = 1) -> Documents:
         """Yield the documents of this task's piece, in the order of the file."""
@@ -55,7 +55,7 @@ class RowGroupReader(ParquetReader):
         """Yield the documents of the current piece."""
         for batch in self._batches(filepath):
             with self.track_time("batch"):
-                rows = _rows(batch)
+                rows = _rows(batch.select(self.schema.names).cast(self.schema))
             for row in rows:
                 if document := self.get_document_from_dict(row, filepath, 0):
                     yield document
@@ -78,21 +78,12 @@ class RowGroupReader(ParquetReader):
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """Turn a batch into dictionaries; a row that holds bytes which are no UTF-8 loses its text."""
+    """Turn a batch into dictionaries; a row that holds bytes which are no UTF-8, in whatever column, loses its text."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
-        plain = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-        columns = [column.view(plain.get(column.type, column.type)) for column in batch.columns]
-        texts = [name for name, column in zip(batch.schema.names, batch.columns, strict=True) if column.type in plain]
-        return [_decode(row, texts) for row in pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()]
-
-
-def _decode(row: dict[str, Any], texts: list[str]) -> dict[str, Any]:
-    try:
-        return row | {name: row[name].decode() for name in texts if row[name] is not None}
-    except UnicodeDecodeError:
-        return row | {"text": None}
+        half = batch.num_rows // 2
+        return _rows(batch.slice(0, half)) + _rows(batch.slice(half)) if half else [{"text": None, "id": None}]
 
 
 def _to_document(reader: ParquetReader, row: dict[str, Any], path: str, number: int) -> dict[str, Any]:
@@ -238,20 +229,19 @@ def make_pipeline(
     limit: int,
     held_out: int,
 ) -> list[PipelineStep]:
-    """Put the steps together: task r reads pieces[r] and writes parts/r.parquet with `schema` and two columns more.
+    """Put the steps together: task r reads the columns of `schema` from pieces[r] and writes parts/r.parquet with two columns more.
 
     tokenizer: its file, and its end-of-text token.
     """
-    schema = schema.append(pa.field(N_TOKENS, pa.int64())).append(pa.field(HASH, pa.uint64()))
     return [
-        RowGroupReader(url, pieces),
+        RowGroupReader(url, pieces, schema),
         FineWebFilter(filters),
         CompletionCounter(*tokenizer),
         PartWriter(
             get_datafolder(str(work / "parts")),
             compression="zstd",
             adapter=_to_row,
-            schema=schema,
+            schema=schema.append(pa.field(N_TOKENS, pa.int64())).append(pa.field(HASH, pa.uint64())),
             max_file_size=-1,
             use_content_defined_chunking=False,
             write_page_index=False,

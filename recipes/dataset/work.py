@@ -12,19 +12,23 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ...surgery.errors import DowncycleError
 
 EXECUTORS = ("local", "slurm", "ray")
-POLL = {"local": 0.1, "slurm": 5.0, "ray": 1.0}  # seconds
+POLL = {"local": 0.1, "slurm": 5.0}  # seconds
+CANCEL = 120.0  # seconds that Slurm has to end what it runs; it asks first, and kills 30 s later as it comes
+LOGS = "slurm_logs"  # where datatrove has Slurm put what tasks print
 Watch = Callable[[], bool]
 
 
@@ -34,6 +38,8 @@ def check_executor(kind: str) -> None:
         raise DowncycleError(f"--executor {kind}: no such executor; choose {', '.join(EXECUTORS)}")
     if kind == "slurm" and not os.environ.get("SBATCH_PARTITION"):
         raise DowncycleError("--executor slurm: set SBATCH_PARTITION to the partition to use (SBATCH_TIMELIMIT and SBATCH_QOS count too)")
+    if kind == "slurm" and (missing := [name for name in ("sbatch", "squeue", "scancel") if shutil.which(name) is None]):
+        raise DowncycleError(f"--executor slurm: there is no {', '.join(missing)} here; run this where jobs are handed to Slurm")
     if kind == "ray" and importlib.util.find_spec("ray") is None:
         raise DowncycleError("--executor ray: ray is not installed; run `pip install 'datatrove[ray]'`, or leave --executor out")
 
@@ -47,21 +53,25 @@ def run_tasks(pipeline: list[Any], count: int, work: Path, workers: int, kind: s
     """Do tasks 0 to count-1, those that are done left out; end early where `watch`, called now and then, says that it is enough.
 
     Raises:
-        DowncycleError: a worker failed or was killed, or a cluster's job ended with tasks undone. No process is left behind.
+        DowncycleError: a worker failed or was killed, or a cluster's job ended with tasks undone. No process and no job is left behind.
     """
     todo = sorted(set(range(count)) - finished(work))
     if not todo:
         return
+    if kind == "slurm":
+        _cancel(job_name(work))  # what a run that was killed left in the queue
     started: list[subprocess.Popen[str]] = []
     try:
         for executor in make_executors(kind, pipeline, count, todo, work, workers):
             started.append(_start(executor, work, len(started)))
-        job = _wait(started, kind, watch, work)
+        job = _wait(started, watch, work)
         if job is not None and kind == "slurm":
             _wait_for_job(job, set(todo), work, watch)
     finally:
         for process in started:
             _end(process)
+        if kind == "slurm":
+            _cancel(job_name(work))
 
 
 def make_executors(kind: str, pipeline: list[Any], count: int, todo: list[int], work: Path, workers: int) -> list[Any]:
@@ -98,11 +108,16 @@ def _slurm(pipeline: list[Any], count: int, work: Path, workers: int) -> Any:
         partition=os.environ["SBATCH_PARTITION"],
         qos=os.environ.get("SBATCH_QOS", ""),
         workers=workers,
-        job_name="downcycle-data",
+        job_name=job_name(work),
         mem_per_cpu_gb=4,
         env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",  # where launch_pickled_pipeline is
         logging_dir=str(work),
     )
+
+
+def job_name(work: Path) -> str:
+    """Name the Slurm jobs of a work folder, and of no other."""
+    return f"downcycle-data-{sha256(str(work).encode()).hexdigest()[:12]}"
 
 
 def _start(executor: Any, work: Path, number: int) -> subprocess.Popen[str]:
@@ -121,7 +136,7 @@ def _environment() -> dict[str, str]:
     return os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def _wait(started: list[subprocess.Popen[str]], kind: str, watch: Watch, work: Path) -> str | None:
+def _wait(started: list[subprocess.Popen[str]], watch: Watch, work: Path) -> str | None:
     """Wait until all workers have ended well, and return the job that the last one started; None where `watch` ended it."""
     job, running = "", list(started)
     while running:
@@ -157,9 +172,23 @@ def _wait_for_job(job: str, todo: set[int], work: Path, watch: Watch) -> None:
     while not watch() and todo - finished(work):
         if gone == 2:
             left = len(todo - finished(work))
-            raise DowncycleError(f"Slurm job {job} ended with {left} of {len(todo)} tasks undone; see {work / 'slurm_logs'}.")
-        queue = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
-        gone = 0 if queue.stdout.strip() else gone + 1
+            raise DowncycleError(f"Slurm job {job} ended with {left} of {len(todo)} tasks undone; see {work / LOGS}.")
+        gone = 0 if _is_queued("--jobs", job) else gone + 1
+        time.sleep(POLL["slurm"])
+
+
+def _is_queued(*which: str) -> bool:
+    return bool(subprocess.run(["squeue", "--noheader", *which], capture_output=True, text=True).stdout.strip())
+
+
+def _cancel(name: str) -> None:
+    """Take all jobs of this name out of the queue, and wait until none runs that could still write.
+
+    Asked for by name, since datatrove hands over several jobs, and an interrupted hand-over answers with no number.
+    """
+    deadline = time.monotonic() + CANCEL
+    subprocess.run(["scancel", "--name", name], capture_output=True)
+    while _is_queued("--name", name) and time.monotonic() < deadline:
         time.sleep(POLL["slurm"])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -37,6 +38,8 @@ def _run(path: Path) -> dict[str, Any]:
         return {"error": str(error)}
     except OSError as error:
         return {"error": what_failed(error)}
+    except subprocess.CalledProcessError as error:  # sbatch, which has said why on stderr
+        sys.exit(error.returncode)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"job": str(getattr(executor, "job_id", None) or "")}

@@ -1,6 +1,6 @@
 """Check an Axolotl YAML file: name every fault, in words a user can act on, all together.
 
-Reads the file, gathers what keys, conflicts and Axolotl's own validation say, and judges only whether DeepSpeed's file is there.
+Reads the file, gathers what keys, conflicts, model and Axolotl's own validation say, and judges only which of the files it names are here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...surgery.checkpoint import open_checkpoint
 from ...surgery.errors import DowncycleError
 from .conflicts import conflicts
+from .data_conflicts import entries
 from .hardware import capabilities
 from .keys import check_keys, plugins_of
+from .model_faults import model_faults
 from .names import MAPPED, SLIP, nearest, notes, replacements
 from .sharding import assumed_gpus
 
@@ -68,10 +71,11 @@ def check_file(path: Path, gpus: int | None = None, arch: str = "sm_80") -> Repo
         return Report(faults, [], 1 if gpus is None else gpus, False)
     gpus = assumed_gpus(config) if gpus is None else gpus
     missing, said = _deepspeed_file(config)
-    ours = [*faults, *check_keys(config), *conflicts(config, gpus, arch), *missing]
+    unfit, absent = _model_and_text(config)
+    ours = [*faults, *check_keys(config), *conflicts(config, gpus, arch), *missing, *unfit]
     installed = find_spec("axolotl") is not None
     theirs = _unsaid(validate([(config, gpus, arch)])[0], ours) if installed else []
-    told = [*notes(config), *said, *([] if installed else [LEFT_OUT])]
+    told = [*notes(config), *said, *absent, *([] if installed else [LEFT_OUT])]
     return Report(list(dict.fromkeys([*ours, *theirs])), told, gpus, installed)
 
 
@@ -85,6 +89,24 @@ def _deepspeed_file(config: dict[str, Any]) -> tuple[list[str], list[str]]:
         return [], [f"deepspeed: {named} is not here; run `axolotl fetch deepspeed_configs` where you train"]
     hint = nearest(place.stem, DEEPSPEED_FILES, SLIP).replace("did you mean ", "did you mean deepspeed_configs/").replace("?", ".json?")
     return [f"deepspeed: there is no file {named} here, where Axolotl looks for it{hint}"], []
+
+
+def _model_and_text(config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What does not fit the model, where it lies on this machine, and which of model and texts are not here and no Hub id either."""
+    texts = [entry for key in ("datasets", "test_datasets", "pretraining_dataset") for entry in entries(config, key)]
+    base = config.get("base_model")
+    named = {f"base_model: {base}": base} | {f"datasets: {entry.get('path')}": entry.get("path") for entry in texts}
+    absent = [
+        f"{what} is not here; run Axolotl where it lies"
+        for what, path in named.items()
+        if isinstance(path, str) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*|.*://.*", path) and not os.path.exists(path)
+    ]
+    if not isinstance(base, str) or not os.path.isdir(base):
+        return [], absent
+    try:
+        return list(model_faults(config, open_checkpoint(Path(base), trust_remote_code=True))), absent
+    except DowncycleError as error:
+        return [f"base_model: {error}"], absent
 
 
 def read_config(path: Path) -> tuple[dict[str, Any] | None, list[str]]:

@@ -2,12 +2,12 @@
 
 Knows tensors and where their bytes are; no configs, no names of modules.
 
-Sums are carried in float32 for 16-bit weights and in float64 for wider ones, and rounded once, to nearest even, to the weight's dtype.
+Sums are carried in float32 for 16-bit weights, in float64 for wider ones and for DoRA, and rounded once, to nearest even, to the
+weight's dtype. Numbers that are not finite are refused, never written.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# By dtype: whole numbers of its width, and the bits of its exponent.
+EXPONENTS = {
+    "float64": ("int64", 0x7FF << 52), "float32": ("int32", 0xFF << 23), "float16": ("int16", 0x1F << 10), "bfloat16": ("int16", 0xFF << 7),
+}  # fmt: skip
 BLOCK = 1 << 19  # elements computed at a time: what a processor's cache holds
 ROWS = 64  # computed at a time, at least: with fewer, A is read too often
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch says so of bytes; nothing here writes into them
@@ -70,7 +74,6 @@ def merged(weight: Tensor, update: Update, read: Reader, name: str) -> Tensor:
     import torch
 
     threads = torch.get_num_threads()
-    check = weight.dtype == "F16" or update.magnitude is not None  # a sum of finite numbers stays so in the range of the other dtypes
 
     def chunks() -> Iterator[bytes]:
         with _one_thread(threads):
@@ -78,11 +81,10 @@ def merged(weight: Tensor, update: Update, read: Reader, name: str) -> Tensor:
             norms = _column_norms(weight, update, read) if update.transposed and magnitude is not None else None
             for row, total in _sums(weight, update, read):
                 if magnitude is not None and norms is not None:
-                    total *= (magnitude / norms).to(total.dtype)
+                    total *= magnitude / norms
                 elif magnitude is not None:
-                    factor = magnitude[row : row + len(total)] / torch.linalg.vector_norm(total, dim=1, dtype=torch.float64)
-                    total *= factor.to(total.dtype)[:, None]
-                yield _round(total, weight.dtype, name, check)
+                    total *= (magnitude[row : row + len(total)] / torch.linalg.vector_norm(total, dim=1))[:, None]
+                yield _round(total, weight.dtype, name)
 
     return Tensor(weight.dtype, weight.shape, chunks, (*spans(weight), *update.inputs))
 
@@ -166,7 +168,7 @@ def _sums(weight: Tensor, update: Update, read: Reader) -> Iterator[tuple[int, t
     """Yield blocks of rows of W + s BA, each with its first row's number: left [rows, rank] @ right [rank, columns] is added to W's."""
     import torch
 
-    sums = torch.float32 if DTYPE_BITS[weight.dtype] == 16 else torch.float64
+    sums = torch.float32 if DTYPE_BITS[weight.dtype] == 16 and not update.magnitude else torch.float64
     rank, outs = update.a.shape[0] // update.experts, weight.shape[1 if update.transposed else 0]
     a = read(update.a)[update.expert * rank : (update.expert + 1) * rank]
     b = read(update.b)[update.first : update.first + outs].reshape(outs, rank, update.experts)[:, :, update.expert]
@@ -184,27 +186,27 @@ def _column_norms(weight: Tensor, update: Update, read: Reader) -> torch.Tensor:
     """Return the norm of each column of W + s BA [columns]: all rows must be seen before one can be rescaled."""
     import torch
 
-    return sum((total.double().square_().sum(0) for _, total in _sums(weight, update, read)), torch.zeros(())).sqrt()
+    return sum((total.square_().sum(0) for _, total in _sums(weight, update, read)), torch.zeros(())).sqrt()
 
 
-def _round(values: torch.Tensor, dtype: str, name: str, check: bool = True) -> bytes:
+def _round(values: torch.Tensor, dtype: str, name: str) -> bytes:
     """Round to nearest, ties to even, and return the bytes; refuse what is not finite then."""
     import torch
 
     if values.dtype == torch.float64 and DTYPE_BITS[dtype] == 16:
         values = _to_odd(values)
     rounded = values.to(getattr(torch, FLOATS[dtype]))
-    if check and not _is_finite(rounded):
+    if not _is_finite(rounded):
         raise DowncycleError(f"{name}: not all of its merged numbers are finite in {dtype}; the base or the adapter is broken")
     return rounded.view(torch.uint8).numpy().tobytes()
 
 
 def _is_finite(values: torch.Tensor) -> bool:
-    """Whether all numbers are finite: their sum tells it faster than a look at each, unless it is too large."""
+    """Whether all numbers are finite: the bits of the exponent are all set in one that is not. Much faster than torch's isfinite."""
     import torch
 
-    total = values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32).item()
-    return math.isfinite(total) or bool(values.isfinite().all())
+    bits, exponent = EXPONENTS[str(values.dtype).removeprefix("torch.")]
+    return not values.numel() or int(values.view(getattr(torch, bits)).bitwise_and(exponent).max()) < exponent
 
 
 def _to_odd(values: torch.Tensor) -> torch.Tensor:

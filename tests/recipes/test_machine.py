@@ -111,7 +111,7 @@ def test_without_memory_the_preset_is_kept_and_a_cpu_needs_no_estimate():
         (lambda: check_machine(Machine(0, None, 2), "auto"), "one CPU only"),
         (lambda: check_machine(Machine(1, 0.5), "auto"), "--gpu-memory 0.5"),
         (lambda: check_machine(Machine(1, 48e9), "auto"), "--gpu-memory"),
-        (lambda: check_machine(Machine(1, 48, 1, "a100"), "auto"), "--gpu-arch a100: give a compute capability"),
+        (lambda: check_machine(Machine(1, 48, 1, "a100"), "auto"), "GPU architecture a100: no compute capability; give one like"),
         (lambda: check_machine(Machine(4), "fsdp"), "--parallel fsdp: choose one of"),
         (lambda: check_machine(Machine(1), "fsdp2"), "there is one GPU"),
     ],

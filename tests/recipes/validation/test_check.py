@@ -382,7 +382,9 @@ def test_what_axolotl_would_find_out_about_a_machine():
 def test_without_axolotl_our_own_checks_still_run(tmp_path, monkeypatch):
     monkeypatch.setattr("downcycle.recipes.validation.check.find_spec", lambda name: None)
     path = tmp_path / "a.yaml"
-    path.write_text("base_model: m\nlearning_rate: 1.0e-4\ndatasets: [{path: a, type: completion}]\nlorra_r: 3\nflash_attention: true\n")
+    path.write_text(
+        "base_model: a/m\nlearning_rate: 1.0e-4\ndatasets: [{path: a/b, type: completion}]\nlorra_r: 3\nflash_attention: true\n"
+    )
     found = check_file(path)
     assert len(found.faults) == 1 and "lorra_r" in found.faults[0] and not found.by_axolotl
     assert [note.split(":")[0] for note in found.notes] == [
@@ -396,7 +398,7 @@ def test_without_axolotl_our_own_checks_still_run(tmp_path, monkeypatch):
 def test_the_command_tells_faults_from_notes(downcycle, tmp_path, monkeypatch):
     monkeypatch.setattr("downcycle.recipes.validation.check.find_spec", lambda name: None)
     path = tmp_path / "a.yaml"
-    path.write_text("base_model: m\nlearning_rate: 1.0e-4\ndatasets: [{path: a, type: completion}]\nflash_attention: true\ndebug:\n")
+    path.write_text("base_model: a/m\nlearning_rate: 1.0e-4\ndatasets: [{path: a/b, type: completion}]\nflash_attention: true\ndebug:\n")
     code, out, err = downcycle("recipe", "--check", path)
     assert code == 0 and out.strip() == f"{path}: no fault found for 1 x sm_80"
     assert len(err.splitlines()) == 2 and all(line.startswith(f"{path}: note: ") for line in err.splitlines())

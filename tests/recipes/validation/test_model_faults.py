@@ -6,7 +6,9 @@ import pytest
 
 from downcycle import open_checkpoint
 from downcycle.recipes.recipe import make_recipe
+from downcycle.recipes.validation.check import check_file
 from downcycle.recipes.validation.model_faults import model_faults, parameter_pattern
+from downcycle.surgery.checkpoint import DEMO_FOLDER
 
 DEMO = open_checkpoint("demo")
 
@@ -48,6 +50,27 @@ def test_what_does_not_fit_is_named(config, said):
 )
 def test_what_fits_passes(config):
     assert list(model_faults(config, DEMO)) == []
+
+
+def test_a_file_is_held_against_the_model_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("downcycle.recipes.validation.check.find_spec", lambda name: None)  # our own checks are enough here
+    path = tmp_path / "a.yaml"
+
+    def check(base, text, more=""):
+        path.write_text(f"base_model: {base}\nlearning_rate: 1.0e-4\ndatasets: [{{path: {text}, type: completion}}]\n{more}")
+        report = check_file(path, 1)
+        return report.faults, [note for note in report.notes if "not installed" not in note]
+
+    assert check(DEMO_FOLDER, tmp_path) == ([], [])
+    assert check("a/model", "a/text") == ([], [])
+    assert check(DEMO_FOLDER, "https://a.example/a.parquet", "sequence_len: 4096\n")[0] == [
+        "sequence_len: 4096, and the model has 2048 positions; give at most so many, or stretch its rope first"
+    ]
+    assert check("nosuch", "./gone")[1] == [
+        *("base_model: nosuch is not here; run Axolotl where it lies", "datasets: ./gone is not here; run Axolotl where it lies")
+    ]
+    (tmp_path / "m").mkdir()
+    assert "config.json: not there" in check(tmp_path / "m", tmp_path)[0][0]
 
 
 def test_patterns_as_axolotl_reads_them():
