@@ -108,15 +108,16 @@ def data(
     count = parse_count(tokens, "--tokens")
     filters = {"language": language, "min_language_score": min_language_score, "min_tokens": min_tokens, "max_tokens": max_tokens}
     request = Request(count, src, name, tokenizer, held_out=held_out, **filters)  # type: ignore[arg-type]
+    shown = 0
     with stage_bar(as_json) as say, say_staging(out):
-        report = make_dataset(
-            out,
-            request,
-            workers=workers,
-            executor=executor,
-            overwrite=overwrite,
-            progress=lambda documents, found: say(f"tokens: {documents:,} documents", min(found, count), count),
-        )
+
+        def show(documents: int, found: int) -> None:
+            nonlocal shown
+            if shown < count:  # the line that says that there is enough is the last
+                say(f"reading: {documents:,} documents; tokens", min(found, count), count)
+            shown = found
+
+        report = make_dataset(out, request, workers=workers, executor=executor, overwrite=overwrite, progress=show)
     if as_json:
         print_json(report)
         return

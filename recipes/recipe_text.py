@@ -65,7 +65,7 @@ def _launch(recipe: Recipe, path: str) -> list[str]:
     if recipe.config.get("use_ray"):
         start = ["  ray start --head                      # on the first node", "  ray start --address FIRST:6379        # on every other"]
         shared = ["Text, model and outputs must lie where every node sees them."]
-        return [*([*start, *shared] if machine.nodes > 1 else []), f"  axolotl train {path} --use-ray --ray-num-workers {machine.world}"]
+        return [*([*start, *shared] if machine.nodes > 1 else []), f"  axolotl train {path} --use-ray"]
     if machine.gpus == 0:
         return [f"  axolotl train {path} --launcher python"]
     if machine.nodes > 1:

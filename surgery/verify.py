@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import DEMO, Checkpoint, Span, Tensor, file_bytes, find_source, open_checkpoint
+from .checkpoint import DEMO, Checkpoint, Span, Tensor, file_bytes, open_checkpoint
 from .choose import format_layers
 from .errors import DowncycleError
 from .filenames import LINEAGE
@@ -128,7 +128,7 @@ def _open_parent(lineage: dict[str, Any], name: str, src: str | Path | None, tru
 def _merge_again(
     parent: Checkpoint, name: str, given: str | Path | None, recorded: Any, revision: str | None, fingerprint: Any
 ) -> Checkpoint:
-    from .adapter.merge import merge_adapter
+    from .adapter.merge import find_adapter, merge_adapter
 
     if not isinstance(recorded, str):
         raise DowncycleError(f"{name}/{LINEAGE}: names no adapter; it was changed")
@@ -136,7 +136,7 @@ def _merge_again(
     if given is not None and str(given) != recorded:
         where, revision = given, None
     try:
-        find_source(where, revision)
+        find_adapter(where, revision)
     except DowncycleError as error:
         if given is not None:
             raise

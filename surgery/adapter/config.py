@@ -117,7 +117,11 @@ def read_adapter_config(source: Source) -> AdapterConfig:
     """
     if ADAPTER_CONFIG not in source.files:
         inner = {path.partition("/")[0] for path in source.files if path.endswith(f"/{ADAPTER_CONFIG}")}
-        hint = f"did you mean {source.name.rstrip('/')}/{max(inner, key=_number)}?" if inner else "give the folder that peft or Axolotl saved it in"
+        hint = (
+            f"did you mean {source.name.rstrip('/')}/{max(inner, key=_number)}?"
+            if inner
+            else "give the folder that peft or Axolotl saved it in"
+        )
         raise DowncycleError(f"{source.name}: no adapter, as it holds no {ADAPTER_CONFIG}; {hint}")
     config = AdapterConfig(f"{source.name}/{ADAPTER_CONFIG}", load_json(source, ADAPTER_CONFIG))
     _check_kind(config)

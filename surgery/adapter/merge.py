@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,6 +29,7 @@ from .names import layer_number
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+WRAPPERS = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")  # around a module in training; no part of its name
 KINDS = (
     *("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
     "token_adapter.trainable_tokens_delta",
@@ -41,13 +43,13 @@ def merge_adapter(base: Checkpoint, adapter: str | Path, revision: str | None = 
     holds whole (modules_to_save, biases) take the base's place. The tokenizer stays the base's.
 
     Args:
-        adapter: a folder with adapter_config.json and adapter_model.safetensors, or a Hub id of such.
+        adapter: a folder with adapter_config.json and adapter_model.safetensors, or a Hub id of such (USER/NAME, USER/NAME@REVISION).
         revision: branch, tag or commit of a Hub repo.
     Raises:
         DowncycleError: the adapter is another model's, damaged, not finite, or cannot be merged into plain weights; the base is
             quantised; torch is missing.
     """
-    source = find_source(adapter, revision)
+    source = find_adapter(adapter, revision)
     config = read_adapter_config(source)
     _check_base(base)
     stored = _read_tensors(source)
@@ -64,6 +66,13 @@ def merge_adapter(base: Checkpoint, adapter: str | Path, revision: str | None = 
     _check_named_base(base, config, merge.done)
     _check_finite(stored, source.name)
     return replace(base, tensors=merge.tensors, lineage=_lineage(base, source, config, stored))
+
+
+def find_adapter(adapter: str | Path, revision: str | None = None) -> Source:
+    """Say where an adapter is: in a folder, or in a repo of the Hub, whose branch, tag or commit may stand behind an @."""
+    if isinstance(adapter, str) and not revision and not os.path.exists(os.path.expanduser(adapter)):
+        adapter, _, revision = adapter.partition("@")
+    return find_source(adapter, revision or None)
 
 
 def _read_tensors(source: Source) -> dict[str, Tensor]:
@@ -87,9 +96,10 @@ def _sort(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Parts], d
     parts: defaultdict[str, Parts] = defaultdict(dict)
     saved: dict[str, Tensor] = {}
     for key, tensor in stored.items():
-        name = key.removeprefix(PREFIX).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        plain = WRAPPERS.sub("", key)
+        name = plain.removeprefix(PREFIX).replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
         kind = next((kind for kind in KINDS if name.endswith(f".{kind}")), "")
-        if name == key or not kind and ("lora_" in name or "." not in name):
+        if name == plain or not kind and ("lora_" in name or "." not in name):
             raise DowncycleError(
                 f"{where}: holds the tensor {key[:100]!r}, which peft gives no such name; save the adapter again with peft"
             )
@@ -121,8 +131,8 @@ def _check_layers(base: Checkpoint, where: str, modules: set[str], merge: Merge)
 def _check_named(config: AdapterConfig, parts: Mapping[str, Parts], merge: Merge) -> None:
     """Refuse an adapter that holds modules which its own config does not target: peft would leave them out without a word."""
     named = config.fields.get("target_modules")
-    if merge.names.renamed or config.fields.get("target_parameters") or not named or named == "all-linear":
-        return  # what is targeted depends on more than the files' names
+    if config.fields.get("target_parameters") or not named or named == "all-linear":
+        return  # what is targeted depends on more than names
     extra = [module for module, its in parts.items() if TOKENS not in its and not config.targets(module)]
     if extra:
         raise DowncycleError(
@@ -132,22 +142,20 @@ def _check_named(config: AdapterConfig, parts: Mapping[str, Parts], merge: Merge
 
 
 def _check_whole(base: Checkpoint, config: AdapterConfig, merge: Merge) -> None:
-    """Refuse an adapter that lacks modules which its own config targets: it is damaged, or its model has fewer layers."""
-    if merge.names.renamed:
-        return  # patterns speak of the model's names, which are not the files' here
-    lacking = []
+    """Refuse an adapter that lacks what its own config says was trained: it is damaged, or its model has fewer layers."""
+    depth, lacking = base.num_layers, defaultdict(list)
     for name, tensor in base.tensors.items():
-        module = name.removesuffix(".weight")
-        if name in merge.done or module == name or len(tensor.shape) != 2 or ".experts." in module or OTHER_TOWERS.search(module):
+        if name in merge.done or (layer_number(name) or 0) >= depth or OTHER_TOWERS.search(name):
             continue
-        if (layer_number(module) or 0) < base.num_layers and config.targets(module):
-            lacking.append(module)
-    if lacking:
-        layers = sorted({layer for module in lacking if (layer := layer_number(module)) is not None})
-        what = f"layers {format_layers(layers)} of {base.name}" if layers else f"{lacking[0]} of {base.name}"
+        spellings = merge.names.spellings(name)
+        if field := next(filter(None, (config.field_that_names(one, tensor.shape) for one in spellings)), ""):
+            lacking[field].append(name.removesuffix(".weight"))
+    for field, modules in lacking.items():
+        layers = sorted({layer for module in modules if (layer := layer_number(module)) is not None})
+        where = f"layers {format_layers(layers)} of {base.name}" if layers else base.name
         raise DowncycleError(
-            f"{config.where}: target_modules names {lacking[0]}, but the adapter has nothing for it; there are {len(lacking)} such modules "
-            f"in {what}. It was trained on another model, or is damaged"
+            f"{config.where}: {field} names {modules[0]}, but the adapter has nothing for it; there are {len(modules)} such modules in "
+            f"{where}. It was trained on another model, or is damaged"
         )
 
 

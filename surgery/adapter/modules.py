@@ -14,12 +14,14 @@ from ..checkpoint import Checkpoint, Tensor
 from ..errors import DowncycleError
 from .config import AdapterConfig
 from .lowrank import FLOATS, Update, added, cast, merged, stacked, to_torch, with_rows
-from .names import EXPERT_PARTS, Names, is_embedding, is_head, is_tied
+from .names import EXPERT_PARTS, Names, is_embedding, is_head, is_tied, layer_number
 
 # Families with transformers' Conv1D, whose weights are stored [in, out]; and those whose stacks of experts are [expert, in, out].
 CONV1D = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter")
 TOKENS = "token_adapter.trainable_tokens_delta"
+MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+OPTIONAL = (("use_dora", MAGNITUDE, "DoRA magnitude"), ("lora_bias", BIAS, "bias of its own"))
 PAIR, EMBEDDING_PAIR = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 INNER = ".base_layer"  # how peft names the inner one of two adapters on parameters of one module
 ABSENT = "no module of {} is called so, or several are; the adapter was trained on another model"
@@ -43,6 +45,7 @@ class Merge:
         self.tensors = dict(base.tensors)
         self.names = Names(base.tensors)
         self.done: set[str] = set()
+        self._tied = [name for name in base.tensors if _is_end(name) and layer_number(name) is None] if is_tied(base) else []
         self._read = lru_cache(maxsize=4)(to_torch)  # the experts of a layer share their factors
         self._nested: defaultdict[str, list[tuple[int, Parts]]] = defaultdict(list)
 
@@ -58,9 +61,9 @@ class Merge:
         if not is_tied(self.base):
             return
         for module, its in parts.items():
-            if (is_head(module) or is_embedding(module)) and TOKENS not in its:
+            if is_head(module) or is_embedding(module) and TOKENS not in its:
                 self._refuse_tied(module)
-        whole = [name for name in saved if name.endswith(".weight") and (is_head(name[:-7]) or is_embedding(name[:-7]))]
+        whole = [name for name in saved if _is_end(name)]
         if len(whole) == 1 and not (self.config.fields.get("ensure_weight_tying") and is_embedding(whole[0][:-7])):
             self._refuse_tied(whole[0])
         if len(whole) > 1 and len({b"".join(saved[name].chunks()) for name in whole}) > 1:
@@ -89,11 +92,11 @@ class Merge:
         if TOKENS in parts:
             self._put_tokens(module, parts[TOKENS])
             return
-        if ("lora_magnitude_vector" in parts) != bool(self.config.fields.get("use_dora")):
-            self._refuse(
-                module, "has no DoRA magnitude though use_dora is set, or one though it is not: config and tensors are two adapters'"
-            )
         embeds = "lora_embedding_A" in parts or "lora_embedding_B" in parts
+        for field, kind, what in OPTIONAL:
+            if (kind in parts) != bool(self.config.fields.get(field)) and not (embeds and kind == BIAS):
+                fault = f"has a {what}, and {field} is not set" if kind in parts else f"has no {what}, and {field} is set"
+                self._refuse(module, f"{fault}; config and tensors are two adapters', or damaged: save the adapter again")
         a, b = (self._factor(module, parts, kind) for kind in (EMBEDDING_PAIR if embeds else PAIR))
         found = self.names.find(f"{module}.weight")
         if found:
@@ -111,16 +114,16 @@ class Merge:
                 self._put_experts(f"{container}.{name}", container, name, *(parts[kind] for kind in PAIR))
 
     def _put_matrix(self, module: str, found: str, a: Tensor, b: Tensor, parts: Parts, embeds: bool) -> None:
-        base, magnitude = self._weight(found), parts.get("lora_magnitude_vector")
+        base, magnitude = self._weight(found), parts.get(MAGNITUDE)
         into, out = a.shape[1], b.shape[0]
         parameter = self.config.targets_parameter(f"{module}.weight")  # then patterns speak of it by its whole name
         scale = self._scale(f"{module}.weight" if parameter else module, a, b)
         transposed = embeds or (self._is_conv1d(module) if into == out else base.shape == (into, out))
         self._check_shape(module, (into, out) if transposed else (out, into), base.shape)
         if magnitude:
-            self._check_shape(f"{module}.lora_magnitude_vector", magnitude.shape, (out,))
+            self._check_shape(f"{module}.{MAGNITUDE}", magnitude.shape, (out,))
         self._set(found, merged(base, Update(a, b, scale, transposed, magnitude), self._read, found))
-        if addend := parts.get("lora_B.bias"):
+        if addend := parts.get(BIAS):
             bias = self.names.find(f"{module}.bias")
             if not bias:
                 self._refuse(module, f"has a bias in its adapter (lora_bias), and none in {self.base.name}, which cannot hold it")
@@ -153,9 +156,11 @@ class Merge:
         found, indices = self.names.find(f"{module}.weight"), self.config.token_indices(module)
         if not found:
             self._refuse(module, ABSENT.format(self.base.name))
+        if not indices:
+            self._refuse(module, "has trained tokens, and trainable_token_indices names none; config and tensors are two adapters'")
         base = self._weight(found)
         self._check_shape(f"{module}.{TOKENS}", rows.shape, (len(indices), *base.shape[1:]))
-        if indices and max(indices) >= base.shape[0]:
+        if max(indices) >= base.shape[0]:
             self._refuse(module, f"trained token {max(indices)}, and {self.base.name} has {base.shape[0]}; {GROW}")
         self._set(found, with_rows(base, rows, indices, found))
 
@@ -190,8 +195,10 @@ class Merge:
         return self.tensors[name]
 
     def _set(self, name: str, tensor: Tensor) -> None:
-        self.tensors[name] = tensor
-        self.done.add(name)
+        same = [one for one in self._tied if name in self._tied and self.tensors[one].shape == tensor.shape]
+        for one in same or [name]:  # some files hold both of two that are tied
+            self.tensors[one] = tensor
+            self.done.add(one)
 
     def _check_shape(self, name: str, given: tuple[int, ...], needed: tuple[int, ...]) -> None:
         if given == needed:
@@ -212,3 +219,9 @@ class Merge:
         raise DowncycleError(
             f"{self.where}: {name} {why}" if why.startswith(("is ", "has ", "adapts ", "trained ")) else f"{self.where}: {name}: {why}"
         )
+
+
+def _is_end(name: str) -> bool:
+    """Whether a tensor is the weight of a head or an embedding."""
+    module = name.removesuffix(".weight")
+    return module != name and (is_head(module) or is_embedding(module))

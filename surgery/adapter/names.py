@@ -17,6 +17,7 @@ EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddi
 RENAMED = (".mlp.", ".block_sparse_moe.")  # the first in the model, the second in the files of Mixtral and its kin
 # Parameters that hold all experts of a layer in the model, in the model's order, and what their rows are called in the files.
 EXPERT_PARTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+FUSED = {row: whole for whole, spellings in EXPERT_PARTS.items() for rows in spellings for row in rows}
 
 
 class Names:
@@ -24,7 +25,7 @@ class Names:
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
-        self.renamed = False  # whether any name was found that is not the model's own
+        self._beginnings: dict[str, str] = {}  # of the files' names, and what the model has in their place, as far as find() has seen
         self._by_end: dict[str, str] = {}
         for name in tensors:
             for end in _ends(name):
@@ -37,10 +38,21 @@ class Names:
         """
         if wanted in self.tensors:
             return wanted
-        renamed = next((name for one, other in (RENAMED, RENAMED[::-1]) if (name := wanted.replace(one, other)) in self.tensors), "")
-        found = renamed or next((self._by_end[end] for end in _ends(wanted) if end in self._by_end), "")
-        self.renamed = self.renamed or bool(found)
+        if renamed := next((name for one, other in (RENAMED, RENAMED[::-1]) if (name := wanted.replace(one, other)) in self.tensors), ""):
+            return renamed
+        end = next((end for end in _ends(wanted) if end in self._by_end), "")
+        found = self._by_end.get(end, "")
+        if found:
+            self._beginnings[found.removesuffix(end)] = wanted.removesuffix(end)
         return found
+
+    def spellings(self, name: str) -> Iterator[str]:
+        """Yield what the model may call a tensor of the files; the part of an expert is called as the parameter that holds it."""
+        match = re.fullmatch(r"(.+\.experts)\.\d+\.(\w+)\.weight", name)
+        own = f"{match[1]}.{FUSED[match[2]]}" if match and match[2] in FUSED else name
+        for spelling in {own: 0, own.replace(*RENAMED): 0, own.replace(*RENAMED[::-1]): 0}:
+            yield spelling
+            yield from (theirs + spelling.removeprefix(ours) for ours, theirs in self._beginnings.items() if spelling.startswith(ours))
 
     def find_experts(self, container: str, parameter: str) -> list[list[str]]:
         """Return the names of a fused parameter's parts, by expert, as the files hold them one by one; nothing where they do not."""

@@ -1,6 +1,7 @@
 """axolotl_configs: the files are those that the recipes make today, and Axolotl itself finds no fault in them."""
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -62,3 +63,35 @@ def test_the_command_checks_any_file(downcycle, tmp_path):
     assert "lerning_rate" in err and "load_in_8bit" in err and err.splitlines()[-1].endswith("mend and check again")
     shown = downcycle("recipe", "--check", broken, "--gpus", "0", "--json")
     assert shown.code == 1 and len(json.loads(shown.out)["faults"]) >= 2
+
+
+def launch_lines(text: str) -> list[list[str]]:
+    """The commands in a recipe's head."""
+    lines = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   ")]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(("axolotl ", "torchrun "))]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_axolotl_and_torchrun_take_the_launch_lines(name, monkeypatch):
+    """The programs' own parsers read each line; what they would start is looked at and not started."""
+    pytest.importorskip("axolotl")
+    from axolotl.cli import main
+    from axolotl.cli.utils import train
+    from torch.distributed.run import parse_args
+
+    machine, started = FILES[name][1], []
+    monkeypatch.setattr(train.os, "execvpe", lambda program, command, env: started.append(command))
+    monkeypatch.setattr(train, "_launch_python_training", lambda file, options: started.append(["python", file, options]))
+    monkeypatch.chdir(FOLDER.parent)
+    (words,) = launch_lines((FOLDER / name).read_text())
+    if words[0] == "axolotl":
+        main.cli.main(words[1:], standalone_mode=False)
+        (words,) = started
+    if machine.gpus * machine.nodes < 2 or words[0] == "python":
+        file = f"axolotl_configs/{name}"
+        assert file in words and words[0] == ("python" if machine.gpus == 0 or "ray" in name else "accelerate")
+        assert words[0] == "accelerate" or words[2].get("use_ray") == (True if "ray" in name else None)
+        return
+    parsed = parse_args(words[1:])
+    assert (parsed.nnodes, parsed.nproc_per_node) == (str(machine.nodes) if machine.nodes > 1 else "1:1", str(machine.gpus))
+    assert (parsed.module, parsed.training_script, parsed.training_script_args[0]) == (True, "axolotl.cli.train", f"axolotl_configs/{name}")
