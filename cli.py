@@ -170,7 +170,7 @@ def verify(
 def merge(
     base: Annotated[str, typer.Argument(metavar="DIR", help="The model that the adapter was trained on: folder or Hub id.")],
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="LoRA or DoRA adapter: folder, such as Axolotl's output_dir, or Hub id.")
+        str, typer.Argument(metavar="ADAPTER", help="LoRA or DoRA: folder, such as Axolotl's output_dir, or Hub id (USER/NAME@REVISION).")
     ],
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the merged model.")],
     revision: Revision = None,

@@ -149,7 +149,7 @@ def _adapt(settings: dict[str, Setting], model: Checkpoint, machine: Machine, pr
     if "paged" in str(settings["optimizer"].value):
         settings["optimizer"] = Setting("adamw_torch", "there is no GPU memory to page out of")
     if settings.get("load_in_4bit"):
-        for key in ("test_datasets", "evals_per_epoch", "eval_sample_packing"):
+        for key in ("test_datasets", "evals_per_epoch", "eval_sample_packing", "eval_batch_size"):
             settings.pop(key, None)
         settings["val_set_size"] = Setting(
             0, "with NF4, an evaluation makes all later gradients wrong on CPUs with AVX512-BF16, and no error says so"

@@ -19,7 +19,7 @@ from downcycle.surgery.checkpoint import DEMO_FOLDER  # noqa: E402
 MODULES = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(12) for name in "qv"]
 
 
-def write_adapter(folder: Path, base: str, modules: list[str], rank: int = 4, **config) -> Path:
+def write_adapter(folder: Path, base: str | int, modules: list[str], rank: int = 4, **config) -> Path:
     """Write what peft would write for a LoRA on these modules of the built-in model."""
     shapes = {name: tensor.shape for name, tensor in open_checkpoint(DEMO_FOLDER).tensors.items()}
     chance = np.random.default_rng(0)
@@ -68,6 +68,21 @@ def test_an_adapter_that_names_another_model_is_merged_with_a_note(downcycle, tm
     code, out, err = downcycle("merge", "demo", "other", "--out", "m")
     assert (code, out) == (0, "m\n")
     assert err.splitlines()[0] == "note: the adapter says that it was trained on somebody/another-demo; it fits demo"
+
+
+def test_a_base_that_has_no_name_is_refused_before_anything_is_written(refused, tmp_path):
+    write_adapter(tmp_path / "five", 5, MODULES)
+    assert "base_model_name_or_path is '5' and should be a name" in refused("merge", "demo", "five", "--out", "m")
+    assert not Path("m").exists()
+
+
+def test_a_revision_stands_behind_an_id_and_never_behind_a_folder(downcycle, refused, adapter):
+    Path("runs").mkdir()
+    adapter.rename("runs/lora@2")
+    assert downcycle("merge", "demo", "runs/lora@2", "--out", "m").code == 0
+    assert downcycle("verify", "m").code == 0
+    Path("runs/lora@2").rename("runs/lora")
+    assert "runs/lora is a folder, and only a Hub repo has revisions" in refused("merge", "demo", "runs/lora@2", "--out", "n")
 
 
 def test_what_does_not_fit_is_refused_by_name(refused, downcycle, tmp_path, adapter):

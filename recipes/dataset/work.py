@@ -27,6 +27,7 @@ from ...surgery.errors import DowncycleError
 
 EXECUTORS = ("local", "slurm", "ray")
 POLL = {"local": 0.1, "slurm": 5.0}  # seconds
+HAND_OVER = 30.0  # seconds that handing a job over may still take when it is not wanted any more: cut short, it may queue one all the same
 CANCEL = 120.0  # seconds that Slurm has to end what it runs; it asks first, and kills 30 s later as it comes
 LOGS = "slurm_logs"  # where datatrove has Slurm put what tasks print
 Watch = Callable[[], bool]
@@ -69,7 +70,7 @@ def run_tasks(pipeline: list[Any], count: int, work: Path, workers: int, kind: s
             _wait_for_job(job, set(todo), work, watch)
     finally:
         for process in started:
-            _end(process)
+            _end(process, HAND_OVER if kind == "slurm" else 0)
         if kind == "slurm":
             _cancel(job_name(work))
 
@@ -178,13 +179,15 @@ def _wait_for_job(job: str, todo: set[int], work: Path, watch: Watch) -> None:
 
 
 def _is_queued(*which: str) -> bool:
-    return bool(subprocess.run(["squeue", "--noheader", *which], capture_output=True, text=True).stdout.strip())
+    """Whether the queue knows a job; where Slurm does not answer, it has not said that the job is gone."""
+    answer = subprocess.run(["squeue", "--noheader", *which], capture_output=True, text=True)
+    return bool(answer.stdout.strip()) or (answer.returncode != 0 and "Invalid job id" not in answer.stderr)
 
 
 def _cancel(name: str) -> None:
     """Take all jobs of this name out of the queue, and wait until none runs that could still write.
 
-    Asked for by name, since datatrove hands over several jobs, and an interrupted hand-over answers with no number.
+    Asked for by name, since datatrove hands over several jobs, and an interrupted run knows no number.
     """
     deadline = time.monotonic() + CANCEL
     subprocess.run(["scancel", "--name", name], capture_output=True)
@@ -197,8 +200,10 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a worker and all it started; nothing that was finished is lost."""
+def _end(process: subprocess.Popen[str], patience: float) -> None:
+    """End a worker and all it started, if it has not ended itself after `patience` seconds; nothing that was finished is lost."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(patience)
     _kill_group(process)
     process.wait()
     for pipe in (process.stdin, process.stdout):

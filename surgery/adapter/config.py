@@ -82,7 +82,7 @@ class AdapterConfig:
             return ""
         if (is_embedding(module) or isinstance(self.fields.get("trainable_token_indices"), dict)) and self.token_indices(module):
             return "trainable_token_indices"
-        return "target_modules" if self.targets(module) and ".experts." not in module else ""
+        return "target_modules" if self.targets(module) else ""
 
     def token_indices(self, module: str) -> list[int]:
         """Return which rows of an embedding were trained."""

@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# By dtype: whole numbers of its width, and the bits of its exponent.
-EXPONENTS = {
-    "float64": ("int64", 0x7FF << 52), "float32": ("int32", 0xFF << 23), "float16": ("int16", 0x1F << 10), "bfloat16": ("int16", 0xFF << 7),
-}  # fmt: skip
 BLOCK = 1 << 19  # elements computed at a time: what a processor's cache holds
 ROWS = 64  # computed at a time, at least: with fewer, A is read too often
 warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch says so of bytes; nothing here writes into them
@@ -146,7 +142,7 @@ def is_finite(tensor: Tensor) -> bool:
     import torch
 
     with _one_thread(torch.get_num_threads()):
-        return all(_is_finite(piece) for piece in _pieces(tensor))
+        return all(_stays_finite(piece, piece.dtype) for piece in _pieces(tensor))
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
@@ -196,17 +192,18 @@ def _round(values: torch.Tensor, dtype: str, name: str) -> bytes:
     if values.dtype == torch.float64 and DTYPE_BITS[dtype] == 16:
         values = _to_odd(values)
     rounded = values.to(getattr(torch, FLOATS[dtype]))
-    if not _is_finite(rounded):
+    if not _stays_finite(values, rounded.dtype):
         raise DowncycleError(f"{name}: not all of its merged numbers are finite in {dtype}; the base or the adapter is broken")
     return rounded.view(torch.uint8).numpy().tobytes()
 
 
-def _is_finite(values: torch.Tensor) -> bool:
-    """Whether all numbers are finite: the bits of the exponent are all set in one that is not. Much faster than torch's isfinite."""
+def _stays_finite(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether all numbers are finite once rounded: the square of their length tells it fastest, unless it is too large."""
     import torch
 
-    bits, exponent = EXPONENTS[str(values.dtype).removeprefix("torch.")]
-    return not values.numel() or int(values.view(getattr(torch, bits)).bitwise_and(exponent).max()) < exponent
+    flat = (values.float() if values.element_size() == 2 else values).flatten()
+    largest = torch.finfo(dtype).max
+    return torch.dot(flat, flat).item() < largest * largest or bool(values.to(dtype).isfinite().all())
 
 
 def _to_odd(values: torch.Tensor) -> torch.Tensor:

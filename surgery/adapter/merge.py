@@ -70,9 +70,9 @@ def merge_adapter(base: Checkpoint, adapter: str | Path, revision: str | None = 
 
 def find_adapter(adapter: str | Path, revision: str | None = None) -> Source:
     """Say where an adapter is: in a folder, or in a repo of the Hub, whose branch, tag or commit may stand behind an @."""
-    if isinstance(adapter, str) and not revision and not os.path.exists(os.path.expanduser(adapter)):
+    if isinstance(adapter, str) and revision is None and re.fullmatch(r"[\w.-]+/[\w.-]+@[\w./-]+", adapter) and not os.path.exists(adapter):
         adapter, _, revision = adapter.partition("@")
-    return find_source(adapter, revision or None)
+    return find_source(adapter, revision)
 
 
 def _read_tensors(source: Source) -> dict[str, Tensor]:
@@ -147,8 +147,7 @@ def _check_whole(base: Checkpoint, config: AdapterConfig, merge: Merge) -> None:
     for name, tensor in base.tensors.items():
         if name in merge.done or (layer_number(name) or 0) >= depth or OTHER_TOWERS.search(name):
             continue
-        spellings = merge.names.spellings(name)
-        if field := next(filter(None, (config.field_that_names(one, tensor.shape) for one in spellings)), ""):
+        if field := config.field_that_names(merge.names.in_model(name), tensor.shape):
             lacking[field].append(name.removesuffix(".weight"))
     for field, modules in lacking.items():
         layers = sorted({layer for module in modules if (layer := layer_number(module)) is not None})

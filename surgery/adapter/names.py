@@ -25,6 +25,7 @@ class Names:
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
+        self._swapped = False  # whether the model has the first of RENAMED where the files have the second, as far as find() has seen
         self._beginnings: dict[str, str] = {}  # of the files' names, and what the model has in their place, as far as find() has seen
         self._by_end: dict[str, str] = {}
         for name in tensors:
@@ -39,6 +40,7 @@ class Names:
         if wanted in self.tensors:
             return wanted
         if renamed := next((name for one, other in (RENAMED, RENAMED[::-1]) if (name := wanted.replace(one, other)) in self.tensors), ""):
+            self._swapped = True
             return renamed
         end = next((end for end in _ends(wanted) if end in self._by_end), "")
         found = self._by_end.get(end, "")
@@ -46,13 +48,16 @@ class Names:
             self._beginnings[found.removesuffix(end)] = wanted.removesuffix(end)
         return found
 
-    def spellings(self, name: str) -> Iterator[str]:
-        """Yield what the model may call a tensor of the files; the part of an expert is called as the parameter that holds it."""
-        match = re.fullmatch(r"(.+\.experts)\.\d+\.(\w+)\.weight", name)
-        own = f"{match[1]}.{FUSED[match[2]]}" if match and match[2] in FUSED else name
-        for spelling in {own: 0, own.replace(*RENAMED): 0, own.replace(*RENAMED[::-1]): 0}:
-            yield spelling
-            yield from (theirs + spelling.removeprefix(ours) for ours, theirs in self._beginnings.items() if spelling.startswith(ours))
+    def in_model(self, name: str) -> str:
+        """Return what the model calls a tensor of the files, as far as find() has seen; of an expert's part, what holds it."""
+        part = re.fullmatch(r"(.+\.experts)\.\d+\.(\w+)\.weight", name)
+        fused = part is not None and part[2] in FUSED
+        if part and fused:
+            name = f"{part[1]}.{FUSED[part[2]]}"
+        if fused or self._swapped:
+            name = name.replace(*RENAMED[::-1])
+        begins = [beginning for beginning in self._beginnings if name.startswith(beginning)]
+        return name.replace(begin := max(begins, key=len), self._beginnings[begin], 1) if begins else name
 
     def find_experts(self, container: str, parameter: str) -> list[list[str]]:
         """Return the names of a fused parameter's parts, by expert, as the files hold them one by one; nothing where they do not."""

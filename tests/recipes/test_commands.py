@@ -54,6 +54,10 @@ def test_counts_on_stderr_and_the_folder_on_stdout(downcycle, source):
     code, out, err = downcycle(*options(source, "--tokens", "2k", "--held-out", "0.1"))
     assert (code, out) == (0, "d\n"), err
     report = json.loads(Path("d/downcycle-data.json").read_text())
+    *told, full = err.splitlines()[:-3]
+    assert told[0] == "reading: 0 documents; tokens 0/2,000"
+    assert re.fullmatch(r"reading: [1-9]\d* documents; tokens 2,000/2,000", full)
+    assert "2,000/2,000" not in "".join(told)
     lines = err.splitlines()[-3:]
     for line, split in zip(lines, ("train", "test"), strict=False):
         rows = pq.read_table(Path("d") / "data" / f"{split}-00000-of-00001.parquet", columns=["n_tokens"]).to_pylist()
@@ -78,6 +82,7 @@ def test_json_is_the_report_and_nothing_else(downcycle, source):
         (("--tokens", "0"), "--tokens"),
         (("--tokens", "2k", "--held-out", "1.5"), "1.5"),
         (("--tokens", "2k", "--min-tokens", "9", "--max-tokens", "8"), "--max-tokens 8: leaves no document"),
+        (("--tokens", "2k", "--min-language-score", "nan"), "--min-language-score nan: give a number from 0 to 1"),
         (("--tokens", "2k", "--workers", "0"), "0"),
         (("--tokens", "2k", "--executor", "cloud"), "cloud"),
         (("--tokens", "2k", "--src", "nowhere/at/all"), "nowhere/at/all"),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, write
+from downcycle.recipes import training
 from downcycle.recipes.training import Step, losses, train
 
 TRAINS = pytest.mark.skipif(not importlib.util.find_spec("axolotl"), reason="needs Axolotl")
@@ -184,6 +185,40 @@ def test_ctrl_c_ends_the_training_too(tmp_path):
     _, said = process.communicate(timeout=60)
     assert said.strip().endswith("KeyboardInterrupt")
     assert [child for child in started if Path(f"/proc/{child}").exists()] == []
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked after does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("output", ["open", "closed"])
+def test_what_a_process_leaves_behind_is_ended(tmp_path, monkeypatch, output):
+    """A worker that is deaf to SIGTERM outlives its parent, with and without the parent's output in hand."""
+    monkeypatch.setattr(training, "HEARTBEAT", 0.2)
+    close = ">/dev/null 2>&1" if output == "closed" else ""
+    script = f"(trap '' TERM; sleep 300) {close} & echo $! > {tmp_path}/pid; echo done; exit 3"
+    with open(tmp_path / "log", "wb") as log, pytest.raises(DowncycleError, match=r"axolotl train failed: done; the log is"):
+        training._run(["sh", "-c", script, "train"], training.STAGES["train"], dict(os.environ), log, lambda step: None)
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def test_what_does_not_end_when_asked_is_ended_by_force(tmp_path, monkeypatch):
+    """Parent and worker are deaf to SIGTERM, and the user gives up."""
+    monkeypatch.setattr(training, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(training, "PATIENCE", 0.3)
+    script = f"trap '' TERM; sleep 300 & echo $! $$ > {tmp_path}/new; mv {tmp_path}/new {tmp_path}/pids; while :; do sleep 0.1; done"
+
+    def interrupt(step: Step) -> None:
+        if (tmp_path / "pids").exists():
+            raise KeyboardInterrupt
+
+    with open(tmp_path / "log", "wb") as log, pytest.raises(KeyboardInterrupt):
+        training._run(["sh", "-c", script, "train"], training.STAGES["train"], dict(os.environ), log, interrupt)
+    assert [pid for pid in (tmp_path / "pids").read_text().split() if is_alive(int(pid))] == []
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,12 @@ def test_a_lineage_that_cannot_be(child, lineage, says):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_cut_has_no_adapter(child, tmp_path):
+    for given in (tmp_path, "nowhere"):
+        with pytest.raises(DowncycleError, match=f"--adapter {given}: {child} is a cut, and no adapter was merged into it; leave it out"):
+            verify(child, adapter=given)
+
+
 def test_a_folder_that_is_no_child(make, tmp_path):
     make(tmp_path / "m")
     with pytest.raises(DowncycleError, match="only a folder that downcycle wrote can be verified"):
