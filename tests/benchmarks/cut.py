@@ -57,6 +57,7 @@ class Figures:
     qwen3: Runs
     plan: list[Run]
     help: list[Run]
+    recipe: list[Run]
 
 
 def measure(command: list[str]) -> Run:
@@ -184,6 +185,7 @@ def print_targets(figures: Figures, large: float) -> None:
         row(f"- the same for {large:g} GB, within a tenth", more, 1.1 * usual, f"{more:.0f} MB")
         row(f"- at most {limit} MB where transformers is asked about the config (Qwen3)", asked, limit, f"{asked:.0f} MB")
     row("plan a cut of 405B in 191 shards: at most 3 s", wall(figures.plan), 3, f"{wall(figures.plan):.2f} s")
+    row("`downcycle recipe` for the built-in model: at most 1 s", wall(figures.recipe), 1, f"{wall(figures.recipe):.2f} s")
     row("`downcycle --help`: at most 0.4 s", wall(figures.help), 0.4, f"{wall(figures.help):.2f} s")
 
 
@@ -227,11 +229,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder).resolve()
         helps = [measure([str(options.downcycle), "--help"]) for _ in range(2 * options.runs)]
+        recipe = [str(options.downcycle), "recipe", "demo", "--out", str(work / "axolotl.yaml")]
+        recipes = [measure(recipe) for _ in range(2 * options.runs)]
         plans = measure_plans(work, LLAMA_405B, {FULL: options.downcycle}, options.runs)[FULL]
         qwen3 = measure_plans(work, QWEN3, programs, options.runs)
         results = measure_race(work, options, programs)
         large = measure_large(work, options.large, programs)
-    print_targets(Figures(results, large, qwen3, plans, helps), options.large)
+    print_targets(Figures(results, large, qwen3, plans, helps, recipes), options.large)
 
 
 if __name__ == "__main__":
