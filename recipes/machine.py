@@ -170,6 +170,7 @@ def estimate(size: ModelSize, settings: Mapping[str, Any], micro_batch: int, mac
         evaluated=(settings.get("eval_batch_size") or micro_batch) * length if evaluated else 0,
         parallel=mode,
         shards=machine.world,
+        offloaded=bool((settings.get("fsdp_config") or {}).get("offload_params")),
     )
 
 
@@ -223,6 +224,7 @@ def _advice(size: ModelSize, settings: Mapping[str, Any], machine: Machine, micr
         {"--set sequence_len=2048": (short, micro, machine, mode)},
         {"--preset qlora": (lean, 1, machine, mode), "--preset qlora --set sequence_len=2048": (lean | short, 1, machine, mode)},
         {"--parallel fsdp2": ({}, micro, machine, sharding if machine.world > 1 else mode)},
+        {"--set fsdp_config.offload_params=true": ({"fsdp_config": {"offload_params": True}}, micro, machine, mode)},
         {f"--gpus {n}": ({}, micro, replace(machine, gpus=n), sharding) for n in (2, 4, 8) if n > machine.gpus},
     ]
 
@@ -230,7 +232,7 @@ def _advice(size: ModelSize, settings: Mapping[str, Any], machine: Machine, micr
         return _fits(estimate(size, {**settings, **keys}, at_once, there, how), machine.memory or 0)
 
     fitting = [way for ways in kinds for way in [next((way for way, change in ways.items() if would_fit(*change)), "")] if way]
-    return f"what would fit: {', or '.join(fitting[:3])}" if fitting else "it needs larger GPUs, or a smaller model"
+    return f"what would fit: {', or '.join(fitting[:4])}" if fitting else "it needs larger GPUs, or a smaller model"
 
 
 def parallel_settings(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:

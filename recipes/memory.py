@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from math import prod
+from math import inf, prod
 from typing import Any
 
 from ..surgery.checkpoint import Checkpoint
@@ -156,6 +156,7 @@ def training_bytes(
     evaluated: int = 0,
     parallel: str = "none",
     shards: int = 1,
+    offloaded: bool = False,
 ) -> Training:
     """Estimate what one GPU needs to train with Axolotl 0.19, which loads weights in bf16 and keeps them so.
 
@@ -171,10 +172,10 @@ def training_bytes(
         trained: how many of the model's own parameters are trained; added: float32 ones beside them, as LoRA's are.
         frozen: bf16, int8 or nf4, how weights are held where none of them is trained.
         adam_bits: of each of the optimiser's two moments [default: as the parameters'].
-        parallel: none, ddp, fsdp2 or zero3, over `shards` GPUs.
+        parallel: none, ddp, fsdp2 or zero3, over `shards` GPUs. offloaded: shards lie in CPU memory, gradients and optimiser too.
     """
     sharded = parallel in ("fsdp2", "zero3")
-    over = shards if sharded else 1
+    over = inf if sharded and offloaded else shards if sharded else 1
     own = 2.0 * size.elements if trained else weight_bytes(size, frozen)
     moments = (ADAM_BYTES[adam_bits or 16] * trained) + ADAM_BYTES[adam_bits or 32] * added
     if parallel == "zero3":

@@ -78,6 +78,8 @@ def test_training_by_hand():
     gathered = 2 * (max(size.layer_elements) + size.head)
     fsdp = training_bytes(size, tokens=8192, trained=whole, parallel="fsdp2", shards=8)
     assert (fsdp.weights, fsdp.gradients, fsdp.optimizer) == (whole / 4 + gathered, whole / 4, whole / 2)
+    away = training_bytes(size, tokens=8192, trained=whole, parallel="fsdp2", shards=8, offloaded=True)
+    assert (away.weights, away.gradients, away.optimizer) == (gathered, 0, 0)
     zero = training_bytes(size, tokens=8192, trained=whole, parallel="zero3", shards=8)
     assert (zero.weights, zero.gradients, zero.optimizer) == (whole / 4 + gathered, whole / 4, 12 * whole / 8)
     assert training_bytes(size, tokens=8192, trained=whole, parallel="ddp", shards=8).gradients == 2 * full.gradients
