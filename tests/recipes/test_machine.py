@@ -97,7 +97,7 @@ def test_without_memory_the_preset_is_kept_and_a_cpu_needs_no_estimate():
         (lambda: split(Machine(128, 80)), "give --batch 128"),
         (lambda: split(Machine(1, 24), FULL), r"does not fit: full .* of which 24 GB have 22.1 GiB for it; what would fit: --preset qlora"),
         (lambda: split(Machine(1, 12)), "does not fit: qlora .*; what would fit: --gpus 4$"),
-        (lambda: split(Machine(4, 24), FULL), "what would fit: .*--set fsdp_config.offload_params=true"),
+        (lambda: split(Machine(4, 20), FULL), "what would fit: .*--set fsdp_config.offload_params=true"),
         (lambda: split(Machine(1, 2)), "it needs larger GPUs, or a smaller model"),
         (lambda: split(Machine(2, 48), FULL, parallel="ddp"), "what would fit: --preset qlora, or --parallel fsdp2, or --gpus 4"),
         (lambda: split(Machine(4, 80), settings=QLORA | {"micro_batch_size": 2, "gradient_accumulation_steps": 3}, batch=64), "ask for 24"),
