@@ -35,7 +35,7 @@ def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None
     for name in names:
         if was_given(context, name):
             given = next(parameter for parameter in context.command.params if parameter.name == name)
-            option = given.opts[0] if given.opts[0].startswith("-") else given.make_metavar(context)
+            option = given.opts[0] if given.opts[0].startswith("-") else str(given.metavar)
             raise typer.BadParameter(f"{option} {why}", context)
 
 

@@ -308,7 +308,7 @@ def test_the_command(downcycle, make, tmp_path, monkeypatch):
     ("args", "code", "said"),
     [
         (["recipe"], 2, "give the model's folder"),
-        (["recipe", "m", "--check", "f.yaml"], 2, "makes a recipe, --check reads one"),
+        (["recipe", "m", "--check", "f.yaml"], 2, "DIR makes a recipe, --check reads one"),
         (["recipe", "m", "--out", "no/such/f.yaml"], 1, "no such folder"),
         (["recipe", "demo"], 1, "say with --out"),
         (["recipe", "m", "--gpus", "3"], 1, "--batch"),
