@@ -12,11 +12,11 @@ import typer
 from ..surgery.checkpoint import DEMO, DEMO_FOLDER, open_checkpoint
 from ..surgery.errors import DowncycleError
 from ..terminal import Json, parse_count, print_json, refuse_given, say_staging, stage_bar
+from .dataset.source import FINEWEB, LLAMA
 from .machine import PARALLEL, Machine
 from .presets import PRESETS
 
 RECIPE = "axolotl.yaml"
-FINEWEB, LLAMA = "HuggingFaceFW/fineweb", "meta-llama/Meta-Llama-3-8B"
 
 Gpus = Annotated[int | None, typer.Option(metavar="N", help="GPUs in each node; 0 is a CPU [default: as the preset was laid out].")]
 Arch = Annotated[str, typer.Option("--gpu-arch", metavar="SM", help="Compute capability of the GPUs: sm_75, sm_80, sm_90, ...")]

@@ -220,7 +220,7 @@ def memory_table(size: ModelSize) -> dict[str, Any]:
 
 
 def format_gib(count: float) -> str:
-    """Write bytes in GiB, or MiB below one."""
+    """Write bytes in GiB, or in MiB below a tenth of one."""
     return f"{count / GIB:.3g} GiB" if count >= GIB / 10 else f"{count / 2**20:.3g} MiB"
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+FINEWEB_1B = "prince-canuma/fineweb-CC-MAIN-2024-10-1B-en"  # what Llama-3-6B was healed on
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -30,7 +32,7 @@ class Preset:
     batch: int = 64
     micro_batch: int = 2
     gpus: int = 1
-    dataset: str = "prince-canuma/fineweb-CC-MAIN-2024-10-1B-en"
+    dataset: str = FINEWEB_1B
     trained_layers: int = 0  # of `tail`: how many of the last layers
 
 

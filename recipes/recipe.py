@@ -96,13 +96,8 @@ def make_recipe(
     return recipe
 
 
-def slug(base_model: str) -> str:
-    """The name of a model's outputs: the last part of its path, in small letters."""
-    return (Path(base_model).name or Path(base_model).resolve().name).lower()
-
-
 def _model_settings(model: Checkpoint, base_model: str, preset: str, chosen: Preset) -> dict[str, Setting]:
-    name = slug(base_model)
+    name = (Path(base_model).name or Path(base_model).resolve().name).lower()
     outputs = {"qlora": name, "llama-3-6b": f"{name}-published"}.get(preset, f"{name}-{preset}")
     settings = {"base_model": Setting(base_model), "output_dir": Setting(f"outputs/{outputs}")}
     if "streaming" not in chosen.settings:

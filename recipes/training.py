@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..surgery.errors import DowncycleError
+from .validation.data_conflicts import TEXTS, entries
 
 LOG = "axolotl.log"
 HEARTBEAT = 5.0  # seconds of silence after which progress is told again
 PATIENCE = 10.0  # seconds that a stopped process has to end by itself
 GRACE = 1.0  # seconds more that what it started has; short, as the dead stay in the group where a container's first process reaps none
-TEXTS = ("datasets", "test_datasets", "pretraining_dataset")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _read(recipe: Path) -> dict[str, Any]:
 def _environment(config: dict[str, Any], out: Path) -> dict[str, str]:
     # Threads that wait for one another sleep: where they spin, as is OpenMP's default, a CPU that others use too is four times slower.
     given = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
-    places = [config.get("base_model"), *(entry.get("path") for key in TEXTS for entry in config.get(key) or () if isinstance(entry, dict))]
+    places = [config.get("base_model"), *(entry.get("path") for key in TEXTS for entry in entries(config, key))]
     if all(isinstance(place, str) and os.path.exists(os.path.expanduser(place)) for place in places):
         given |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str((out / "datasets-cache").resolve())}
     return given

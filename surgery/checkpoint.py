@@ -20,7 +20,7 @@ from typing import Any
 
 from .errors import DowncycleError
 from .families import is_native, num_layers
-from .filenames import CODE_FILES, CONFIG, INDEX, LINEAGE, PICKLES, SINGLE, SMALL_FILES, TOKENIZER, leads_out
+from .filenames import CONFIG, INDEX, LINEAGE, PICKLES, SINGLE, TOKENIZER, belongs, leads_out
 from .header import LENGTH_BYTES, MAX_HEADER_BYTES, header_length, parse_header, tensor_nbytes
 from .sources import CHUNK, LocalFolder, Source
 
@@ -134,16 +134,9 @@ def open_checkpoint(src: str | Path, revision: str | None = None, *, trust_remot
     source = find_source(src, revision)
     config = _config(source, trust_remote_code)
     tensors, metadata = _tensors(source)
-    files = {path: Span(source, path, 0, size) for path, size in source.files.items() if _belongs(path, trust_remote_code)}
+    files = {path: Span(source, path, 0, size) for path, size in source.files.items() if belongs(path, trust_remote_code)}
     lineage = load_json(source, LINEAGE) if LINEAGE in source.files else {}
     return Checkpoint(source.name, config, tensors, files, metadata, source.revision, lineage)
-
-
-def _belongs(path: str, with_code: bool) -> bool:
-    """Whether a file is one of the model's small ones; its code may lie one folder deeper."""
-    if with_code and path.count("/") <= 1 and any(fnmatch(path, pattern) for pattern in CODE_FILES):
-        return True
-    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in SMALL_FILES)
 
 
 def find_source(src: str | Path, revision: str | None = None) -> Source:

@@ -1,5 +1,6 @@
 """What the files of a checkpoint are called, and which of them belong to a model."""
 
+from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
 CONFIG = "config.json"
@@ -21,6 +22,13 @@ SMALL_FILES = (
 )
 CODE_FILES = ("*.py",)
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "consolidated*.pth", "tf_model.h5", "flax_model.msgpack")
+
+
+def belongs(path: str, with_code: bool = False) -> bool:
+    """Whether a file is one of a model's small ones, by its path below the model's folder; its code may lie one folder deeper."""
+    if with_code and path.count("/") <= 1 and any(fnmatch(path, pattern) for pattern in CODE_FILES):
+        return True
+    return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in SMALL_FILES)
 
 
 def leads_out(path: str) -> bool:

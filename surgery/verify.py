@@ -128,7 +128,7 @@ def _open_parent(lineage: dict[str, Any], name: str, src: str | Path | None, tru
 def _merge_again(
     parent: Checkpoint, name: str, given: str | Path | None, recorded: Any, revision: str | None, fingerprint: Any
 ) -> Checkpoint:
-    from .adapter.merge import find_adapter, merge_adapter
+    from .adapter.merge import find_adapter, merge_found
 
     if not isinstance(recorded, str):
         raise DowncycleError(f"{name}/{LINEAGE}: names no adapter; it was changed")
@@ -136,12 +136,12 @@ def _merge_again(
     if given is not None and str(given) != recorded:
         where, revision = given, None
     try:
-        find_adapter(where, revision)
+        source = find_adapter(where, revision)
     except DowncycleError as error:
         if given is not None:
             raise
         raise DowncycleError(f"{error}. If the adapter merged into {name} lies elsewhere now, give it with --adapter") from error
-    made = merge_adapter(parent, where, revision)
+    made = merge_found(parent, source)
     if made.lineage["adapter_fingerprint"] != fingerprint:
         raise DowncycleError(f"{where} is not the adapter merged into {name}: config or tensors differ; give that one with --adapter")
     return made

@@ -22,7 +22,7 @@ from ...surgery.staging import check_name, publish, staging_folder, target_path
 from .card import card, versions
 from .rounds import Rounds, Watcher
 from .shards import HASH, N_TOKENS, threshold, write_splits
-from .source import PIECE_ROWS, REPORT, Filters, ParquetSource, Piece, check_columns, cut_pieces, find_parquet, read_schema
+from .source import FINEWEB, LLAMA, PIECE_ROWS, REPORT, Filters, ParquetSource, Piece, check_columns, cut_pieces, find_parquet, read_schema
 from .tokenizer import TextTokenizer, open_tokenizer
 from .work import LOGS, check_executor, finished, run_tasks
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TOKENIZER, WHOLE = "tokenizer.json", "whole"
-FINEWEB, LLAMA = "HuggingFaceFW/fineweb", "meta-llama/Meta-Llama-3-8B"
 
 
 @dataclass(frozen=True)

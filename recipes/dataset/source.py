@@ -17,6 +17,7 @@ from ...surgery.errors import DowncycleError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FINEWEB, LLAMA = "HuggingFaceFW/fineweb", "meta-llama/Meta-Llama-3-8B"  # text and tokenizer, where nobody names others
 REPORT = "downcycle-data.json"  # marks a dataset that was made here
 PIECE_ROWS = 20_000  # some 14 million tokens of FineWeb: seconds of work, so that little is lost when a run is stopped
 

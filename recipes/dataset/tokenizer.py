@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ...surgery.checkpoint import find_source
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import CONFIG, SMALL_FILES
+from ...surgery.filenames import CONFIG, belongs
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def open_tokenizer(src: str) -> TextTokenizer:
         raise DowncycleError(f"--tokenizer {error}") from error
     if "tokenizer.json" not in source.files:
         raise DowncycleError(f"--tokenizer {src}: holds no tokenizer.json; give the folder or Hub id of a model that has one")
-    names = [path for path in source.files if any(fnmatch(path, pattern) for pattern in (CONFIG, *SMALL_FILES))]
+    names = [path for path in source.files if path == CONFIG or belongs(path)]
     with tempfile.TemporaryDirectory() as folder:
         for path in names:
             target = Path(folder) / path

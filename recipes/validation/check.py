@@ -21,7 +21,7 @@ from typing import Any
 from ...surgery.checkpoint import open_checkpoint
 from ...surgery.errors import DowncycleError
 from .conflicts import conflicts
-from .data_conflicts import entries
+from .data_conflicts import TEXTS, entries
 from .hardware import capabilities
 from .keys import check_keys, plugins_of
 from .model_faults import model_faults
@@ -93,7 +93,7 @@ def _deepspeed_file(config: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 def _model_and_text(config: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What does not fit the model, where it lies on this machine, and which of model and texts are not here and no Hub id either."""
-    texts = [entry for key in ("datasets", "test_datasets", "pretraining_dataset") for entry in entries(config, key)]
+    texts = [entry for key in TEXTS for entry in entries(config, key)]
     base = config.get("base_model")
     named = {f"base_model: {base}": base} | {f"datasets: {entry.get('path')}": entry.get("path") for entry in texts}
     absent = [

@@ -12,6 +12,8 @@ from .names import nearest
 
 Config = dict[str, Any]
 
+TEXTS = ("datasets", "test_datasets", "pretraining_dataset")
+
 FILE_TYPES = (  # what the datasets library reads files as
     *("json", "csv", "parquet", "arrow", "text", "pandas", "xml", "hdf5", "webdataset", "lance", "eval"),
     *("imagefolder", "audiofolder", "videofolder", "pdffolder", "niftifolder"),
@@ -44,7 +46,7 @@ def number(value: Any) -> float | None:
 def _data(config: Config) -> Iterator[str]:
     if not config.get("datasets") and not config.get("pretraining_dataset") and "datasets" not in config:
         yield "datasets: missing; give datasets, or pretraining_dataset to stream"
-    for key in ("datasets", "test_datasets", "pretraining_dataset"):
+    for key in TEXTS:
         for place, entry in enumerate(entries(config, key)):
             if not entry.get("path") and entry.get("type") != "_synthetic":
                 yield f"{key}[{place}].path: missing; give a folder, a file or a Hub id"
@@ -61,7 +63,7 @@ def _dataset_types(config: Config) -> Iterator[str]:
     if config.get("rl"):
         return
     known = load_keys()["names"]["dataset_type"]
-    for key in ("datasets", "test_datasets", "pretraining_dataset"):
+    for key in TEXTS:
         for place, entry in enumerate(entries(config, key)):
             value = entry.get("type")
             if not isinstance(value, str):

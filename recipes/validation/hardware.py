@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...surgery.errors import DowncycleError
-from .keys import plugins_of
+from .keys import other_plugins, plugins_of
 
 EXAMPLES = "sm_70 (V100), sm_75 (T4), sm_80 (A100), sm_86 (A6000), sm_89 (L40S, 4090), sm_90 (H100), sm_100 (B200), sm_120 (5090)"
 ARCHS = (60, 61, 62, 70, 72, 75, 80, 86, 87, 88, 89, 90, 100, 101, 103, 110, 120, 121)
@@ -75,8 +75,7 @@ def _gpu_faults(config: dict[str, Any], number: int, name: str) -> Iterator[str]
 
 
 def _cpu_faults(config: dict[str, Any]) -> Iterator[str]:
-    others = [name for name in plugins_of(config) if not name.startswith("axolotl.")]  # one of them may set use_cpu
-    if not others and config.get("bf16", "auto") not in (False, None):
+    if not other_plugins(config) and config.get("bf16", "auto") not in (False, None):  # another plugin may set use_cpu
         yield "bf16: a CPU needs bf16: false; left out or auto it becomes fp16, which fails there"
     for key in ("fp16", "tf32", "fp8", "load_in_8bit"):
         if config.get(key) is True:

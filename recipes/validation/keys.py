@@ -49,6 +49,11 @@ def plugins_of(config: dict[str, Any]) -> list[str]:
     return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
 
 
+def other_plugins(config: dict[str, Any]) -> list[str]:
+    """Those of them that do not come with Axolotl."""
+    return [name for name in plugins_of(config) if not name.startswith("axolotl.")]
+
+
 def _plugin_faults(config: dict[str, Any]) -> Iterator[str]:
     keys = load_keys()
     for name in plugins_of(config):

@@ -12,7 +12,8 @@ from typing import Any
 
 from ...surgery.checkpoint import Checkpoint, file_bytes
 
-VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+VOCABULARY = "tokenizer.json"
+NAMED = ("special_tokens_map.json", "tokenizer_config.json", VOCABULARY)  # the last holds all, is long, and may have to be fetched
 
 
 def model_faults(config: dict[str, Any], model: Checkpoint) -> Iterator[str]:
@@ -34,13 +35,16 @@ def positions(model: Checkpoint) -> int:
 def _token_faults(config: dict[str, Any], model: Checkpoint) -> Iterator[str]:
     """Tokens that the vocabulary lacks: Axolotl adds them, the embeddings grow, and no merge fits any more."""
     special = config.get("special_tokens")
-    if VOCABULARY[0] not in model.files or not isinstance(special, dict) or config.get("tokenizer_config"):
+    if VOCABULARY not in model.files or not isinstance(special, dict) or config.get("tokenizer_config"):
         return
-    text = b"".join(file_bytes(model.files[name]) for name in VOCABULARY if name in model.files)
     for name, token in special.items():
-        spellings = (json.dumps(token), json.dumps(token, ensure_ascii=False)) if isinstance(token, str) else ()
-        if spellings and not any(spelling.encode() in text for spelling in spellings):
+        if isinstance(token, str) and not any(_holds(model, path, token) for path in NAMED):
             yield f"special_tokens.{name}: {token!r} is not in the vocabulary, and would grow it and the embeddings; name one that is there"
+
+
+def _holds(model: Checkpoint, path: str, token: str) -> bool:
+    text = file_bytes(model.files[path]) if path in model.files else b""
+    return any(json.dumps(token, ensure_ascii=plain).encode() in text for plain in (True, False))
 
 
 def _name_faults(config: dict[str, Any], model: Checkpoint) -> Iterator[str]:

@@ -10,7 +10,7 @@ from .axolotl_schema import load_keys
 from .data_conflicts import number
 from .deepspeed import deepspeed_faults
 from .hardware import attention
-from .keys import plugins_of
+from .keys import other_plugins
 from .names import modern, nearest
 
 MESH = ("dp_shard_size", "dp_replicate_size", "context_parallel_size", "tensor_parallel_size")
@@ -87,7 +87,7 @@ def _fsdp_faults(config: dict[str, Any], fsdp: dict[str, Any], gpus: int) -> Ite
 def _unknown_layers(config: dict[str, Any], names: str) -> Iterator[str]:
     """Only what is close to a class of transformers is named: a model may bring classes of its own."""
     known = load_keys()["names"]["layer_class"]
-    own = config.get("trust_remote_code") or any(not name.startswith("axolotl.") for name in plugins_of(config))
+    own = config.get("trust_remote_code") or other_plugins(config)
     for name in (part.strip() for part in names.split(",")):
         if name and not own and name not in known and (hint := nearest(name, known, 0.85)):
             yield f"fsdp_config.transformer_layer_cls_to_wrap: transformers has no class {name}{hint}"

@@ -49,7 +49,11 @@ def merge_adapter(base: Checkpoint, adapter: str | Path, revision: str | None = 
         DowncycleError: the adapter is another model's, damaged, not finite, or cannot be merged into plain weights; the base is
             quantised; torch is missing.
     """
-    source = find_adapter(adapter, revision)
+    return merge_found(base, find_adapter(adapter, revision))
+
+
+def merge_found(base: Checkpoint, source: Source) -> Checkpoint:
+    """Do what merge_adapter does, with an adapter that has been found."""
     config = read_adapter_config(source)
     _check_base(base)
     stored = _read_tensors(source)
