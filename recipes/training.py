@@ -74,11 +74,32 @@ def train(recipe: str | Path, *, progress: Progress = lambda step: None) -> Path
 
 def losses(out: str | Path) -> list[tuple[int, float]]:
     """Return (optimiser step, training loss in nats) as the trainer recorded them in the newest checkpoint of an output folder."""
-    states = sorted(Path(out).glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    if not states:
+    return [(entry["step"], float(entry["loss"])) for entry in history(out) if "loss" in entry]
+
+
+def history(out: str | Path) -> list[dict[str, Any]]:
+    """Return what the trainer logged, entry by entry, from the newest trainer_state.json of an output folder.
+
+    Raises:
+        DowncycleError: it holds none, or a damaged one.
+    """
+    if not (states := _states(out)):
         raise DowncycleError(f"{out}: holds no checkpoint-*/trainer_state.json; give the output_dir of a training that saved one")
-    history = json.loads(states[-1].read_text())["log_history"]
-    return [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry]
+    try:
+        entries = json.loads(states[-1].read_text())["log_history"]
+        return [entry for entry in entries if isinstance(entry["step"], int)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DowncycleError(f"{states[-1]}: no trainer's state ({str(error)[:80]}); take it out, or give another folder") from error
+
+
+def has_history(out: str | Path) -> bool:
+    """Whether a folder holds the state of a trainer."""
+    return bool(_states(out))
+
+
+def _states(out: str | Path) -> list[Path]:
+    found = (path for pattern in ("trainer_state.json", "checkpoint-*/trainer_state.json") for path in Path(out).glob(pattern))
+    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 def _read(recipe: Path) -> dict[str, Any]:

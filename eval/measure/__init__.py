@@ -1,0 +1,1 @@
+"""Measuring a model: how it is loaded, perplexity, speed."""

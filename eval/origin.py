@@ -1,0 +1,98 @@
+"""Where a model comes from, as its downcycle.json says: its first parent, which of that one's layers are left, what was merged.
+
+Reads the lineage of a Checkpoint value; opens no parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..recipes.training import has_history
+from ..surgery.checkpoint import Checkpoint
+from ..surgery.verify import MERGE
+
+PARENT, CUT_ONLY, HEALED, UNKNOWN = "parent", "cut", "healed", "model"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation that led to a model. cut: the layers kept and the rule; merge: the adapter (a folder, or a Hub id)."""
+
+    operation: str
+    parent: str
+    revision: str | None
+    layers: tuple[int, ...] = ()
+    rule: str = ""
+    adapter: str = ""
+    adapter_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a model came about, the first operation first; empty for one that was not made here.
+
+    kept: the layers of the first parent (numbers from 0) that are left, in their order now, of `depth`; None where none was cut.
+    """
+
+    steps: tuple[Step, ...] = ()
+    kept: tuple[int, ...] | None = None
+    depth: int | None = None
+
+    @property
+    def root(self) -> str | None:
+        """The first parent: a folder or a Hub id."""
+        return self.steps[0].parent if self.steps else None
+
+    @property
+    def root_revision(self) -> str | None:
+        """Its commit, where it is on the Hub."""
+        return self.steps[0].revision if self.steps else None
+
+    @property
+    def role(self) -> str:
+        """parent (nothing is known of its making), cut, or healed (something was merged after the cut, or at all)."""
+        if not self.steps:
+            return PARENT
+        return HEALED if any(step.operation == MERGE for step in self.steps) else CUT_ONLY
+
+
+def origin_of(checkpoint: Checkpoint) -> Origin:
+    """Read a model's origin from its lineage."""
+    links: list[Mapping[str, Any]] = []
+    lineage: Any = checkpoint.lineage
+    while isinstance(lineage, Mapping) and lineage:
+        links.insert(0, lineage)
+        lineage = lineage.get("parent_lineage")
+    steps = tuple(map(_step, links))
+    kept: tuple[int, ...] | None = None
+    depth: int | None = None
+    for link, step in zip(links, steps, strict=True):
+        if step.layers:
+            depth = depth or link["parent_layers"]
+            kept = tuple(kept[layer] for layer in step.layers) if kept else step.layers
+    return Origin(steps, kept, depth)
+
+
+def _step(link: Mapping[str, Any]) -> Step:
+    return Step(
+        operation=link.get("operation", "cut"),
+        parent=link["parent"],
+        revision=link.get("revision"),
+        layers=tuple(link.get("layers", ())),
+        rule=link.get("rule", ""),
+        adapter=link.get("adapter", ""),
+        adapter_revision=link.get("adapter_revision"),
+    )
+
+
+def training_folder(checkpoint: Checkpoint, folder: Path | None = None) -> Path | None:
+    """Return the output folder of the training that healed a model, where it is still on this machine.
+
+    That of the last adapter merged, or the model's own folder, where every weight was trained and it was saved there.
+    """
+    steps = origin_of(checkpoint).steps
+    places = [Path(step.adapter) for step in reversed(steps) if step.adapter and not step.adapter_revision]
+    return next((place for place in (*places, *filter(None, [folder])) if has_history(place)), None)
