@@ -199,6 +199,7 @@ def merge(
 
 app.command()(recipe_commands.recipe)
 app.command()(recipe_commands.data)
+app.command("eval")(eval_commands.eval_models)
 app.command()(eval_commands.demo)
 
 

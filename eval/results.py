@@ -131,11 +131,15 @@ def retained(value: float, baseline: float, higher_is_better: bool = True) -> fl
     return value / baseline if higher_is_better else baseline / value
 
 
+def results_json(results: Results) -> str:
+    """Spell results.json."""
+    return json.dumps({"format": FORMAT, **asdict(results)}, indent=1) + "\n"
+
+
 def write_results(results: Results, path: Path) -> None:
     """Write results.json, whole or not at all."""
-    text = json.dumps({"format": FORMAT, **asdict(results)}, indent=1)
     staged = path.with_name(f".{path.name}.new")
-    staged.write_text(text + "\n")
+    staged.write_text(results_json(results))
     staged.replace(path)
 
 

@@ -156,6 +156,14 @@ def find_source(src: str | Path, revision: str | None = None) -> Source:
     return open_hub(text, revision)
 
 
+def split_revision(src: str) -> tuple[str, str | None]:
+    """Split USER/NAME@REVISION, unless a folder has that name."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+@[\w./-]+", src) and not os.path.exists(src):
+        name, _, revision = src.partition("@")
+        return name, revision
+    return src, None
+
+
 def load_json(source: Source, path: str) -> dict[str, Any]:
     """Read a JSON object from a source."""
     where = f"{source.name}/{path}"

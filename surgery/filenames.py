@@ -9,16 +9,21 @@ TOKENIZER = "tokenizer_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LINEAGE = "downcycle.json"
+LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # how the names of licence texts begin
 QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
+# What a tokenizer's vocabulary is in, by every name that one of transformers gives to its files.
+VOCABULARIES = (
+    *("tokenizer.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.spm", "bpe.codes", "byte_maps.json"),
+    *("dict.txt", "emoji.json", "entity_vocab.json", "normalizer.json", "target_vocab.json", "*.tokenizer", "word_pronunciation.json"),
+    "word_shape.json",
+)
 # What belongs to a model besides weights and config. Anything else in the folder (optimizer states, logs, keys) stays behind.
 SMALL_FILES = (
     *(GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "chat_template*"),
     *("chat_templates/*", "additional_chat_templates/*", "*processor_config.json", *QUANTIZER_FILES),
-    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
-    # vocabularies, by every name that a tokenizer of transformers gives to its files
-    *("vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.spm", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json"),
-    *("entity_vocab.json", "normalizer.json", "target_vocab.json", "*.tokenizer", "word_pronunciation.json", "word_shape.json"),
+    *(f"{name}*" for name in LEGAL),
+    *VOCABULARIES,
 )
 CODE_FILES = ("*.py",)
 PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "consolidated*.pth", "tf_model.h5", "flax_model.msgpack")

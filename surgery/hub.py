@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url, is_offline_mode, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url, is_offline_mode, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from .errors import DowncycleError
@@ -51,7 +52,7 @@ class HubRepo:
         self.files = files
         self._identities = identities
         self._snapshot = snapshot
-        self._cached = {path for path, size in snapshot.files.items() if files.get(path) == size} if snapshot else set()
+        self._cached = _whole(snapshot, files)
         self._locations: dict[str, str] = {}  # where /resolve led for each file: a signed URL that expires
 
     def identity(self, path: str) -> str:
@@ -61,6 +62,20 @@ class HubRepo:
     def local_path(self, path: str) -> Path | None:
         """Say where the local cache holds a file, if it does: its bytes are not fetched."""
         return self._snapshot.local_path(path) if self._snapshot and path in self._cached else None
+
+    def keep(self, paths: Iterable[str]) -> None:
+        """Put whole files into the local cache, by huggingface_hub's own download, and read them there from now on."""
+        patience = Patience(self.name, self.revision, "", OPEN_ATTEMPTS)
+        while missing := [path for path in paths if path not in self._cached]:
+            try:
+                snapshot_download(self.name, revision=self.revision, allow_patterns=[escape(path) for path in missing])
+            except (HTTPError, LocalEntryNotFoundError) as fault:
+                patience.wait(fault.__cause__ if isinstance(fault.__cause__, HTTPError) else fault)
+                continue
+            self._snapshot = _snapshot(self.name, str(self.revision))
+            self._cached = _whole(self._snapshot, self.files)
+            if missing[0] not in self._cached:  # where the Hub does not answer, huggingface_hub gives what the cache holds
+                patience.wait(UnfitAnswer(f"{endpoint()} does not give {missing[0]}"))
 
     def read(self, path: str, start: int, length: int) -> bytes:
         """Return exactly these bytes of a file. Fetches no more of it, not even ahead of need: a dropped tensor never travels."""
@@ -121,7 +136,7 @@ class HubRepo:
                     response.read()  # lets the connection serve again
                     url = urljoin(url, response.headers["location"])
                     continue
-                if response.status_code in (401, 403, 404, 410) and not _is_endpoint(url):
+                if response.status_code in (401, 403, 404, 410) and not is_endpoint(url):
                     raise UnfitAnswer(f"{response.url.host} refused the signed link ({response.status_code})")
                 hf_raise_for_status(response)
                 _check(response, start, end, self.files[path])
@@ -151,6 +166,11 @@ def _check_settings(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError:
         raise DowncycleError(f"{repo_id}: no such folder, and not a Hub id (USER/NAME); check the spelling") from None
+    check_access()
+
+
+def check_access() -> None:
+    """Refuse an address of the Hub or a token that cannot be one, before anything is sent."""
     if not re.match(r"https?://[^/]", constants.ENDPOINT):
         raise DowncycleError(f"HF_ENDPOINT={endpoint()}: not an address; set it to one such as https://huggingface.co, or unset it")
     if not re.fullmatch(r"[!-~]*", get_token() or ""):
@@ -174,6 +194,11 @@ def _list_files(repo_id: str, revision: str | None) -> tuple[str, dict[str, int]
             patience.wait(fault)
         except (ValueError, LookupError, TypeError, AttributeError):
             raise DowncycleError(f"{repo_id}: {endpoint()} does not answer as the Hub does; check HF_ENDPOINT and the proxy") from None
+
+
+def _whole(snapshot: LocalFolder | None, files: dict[str, int]) -> set[str]:
+    """Return the files that a cached snapshot holds in the size that they have on the Hub."""
+    return {path for path, size in snapshot.files.items() if files.get(path) == size} if snapshot else set()
 
 
 def _snapshot(repo_id: str, revision: str) -> LocalFolder | None:
@@ -224,10 +249,11 @@ def _check(response: Response, start: int, end: int, size: int) -> None:
 
 def _headers(url: str) -> dict[str, str]:
     """Return huggingface_hub's headers for a request, with the user's token for the endpoint only."""
-    return build_hf_headers(token=None if _is_endpoint(url) else False, library_name="downcycle")
+    return build_hf_headers(token=None if is_endpoint(url) else False, library_name="downcycle")
 
 
-def _is_endpoint(url: str) -> bool:
+def is_endpoint(url: str) -> bool:
+    """Whether an address is the Hub's own, to which the user's token may go."""
     return _origin(url) == _origin(constants.ENDPOINT)
 
 

@@ -51,16 +51,20 @@ class Patience:
         Calls `tick` every second; if it raises, the wait is over.
         """
         self.failures += 1
-        asked = _asked_wait(fault)
-        if not _may_pass(fault) or self.failures >= self.attempts or asked > LONGEST_WAIT:
+        asked = asked_wait(fault)
+        if not self.may_pass(fault) or self.failures >= self.attempts or asked > LONGEST_WAIT:
             # `from None`: the chain would show signed URLs.
-            raise DowncycleError(f"{self.repo}{self._explain(fault, asked)}") from None
+            raise DowncycleError(f"{self.repo}{self.explain(fault, asked)}") from None
         end = time.monotonic() + asked + FIRST_WAIT * 2 ** (self.failures - 1) * random.uniform(0.5, 1)
         while (left := end - time.monotonic()) > 0:
             tick()
             time.sleep(min(left, 1))
 
-    def _explain(self, fault: Exception, asked: float) -> str:
+    def may_pass(self, fault: Exception) -> bool:
+        """Whether the same request may succeed later."""
+        return status_of(fault) in (0, 408, 425, 429) or status_of(fault) >= 500
+
+    def explain(self, fault: Exception, asked: float) -> str:
         """Say, after the repo's name, what is wrong and what to do; never in the server's own words, which may quote the request."""
         if isinstance(fault, GatedRepoError):
             return f" is gated: ask for access at {endpoint()}/{self.repo}, then run `hf auth login`"
@@ -75,12 +79,12 @@ class Patience:
         return f"{self.path and f'/{self.path}'}: {self._explain_transport(fault, asked)}"
 
     def _explain_transport(self, fault: Exception, asked: float) -> str:
-        host, status = _host(fault), _status(fault)
+        host, status = host_of(fault), status_of(fault)
         times = f", {self.failures} times in a row" if self.failures > 1 else ""
         if isinstance(fault, UnfitAnswer):
             return f"{fault}{times}; a proxy may stand between: try another network, or `hf download {self.repo}` and give the folder"
         if not status:
-            broken = f"no connection to {host} ({_reason(fault)}){times}"
+            broken = f"no connection to {host} ({reason_of(fault)}){times}"
             return f"{broken}; check the network and proxy, or set HF_HUB_OFFLINE=1 to use the cache"
         if status == 401:
             return f"{host} wants a valid token (401); run `hf auth login`, or set HF_TOKEN"
@@ -99,19 +103,14 @@ def endpoint() -> str:
     return re.sub(r"//[^/]*@", "//", constants.ENDPOINT)
 
 
-def _may_pass(fault: Exception) -> bool:
-    """Whether the same request may succeed later."""
-    return _status(fault) in (0, 408, 425, 429) or _status(fault) >= 500
-
-
-def _status(fault: Exception) -> int:
+def status_of(fault: Exception) -> int:
     """Return the HTTP status of an error answer, or 0 where there was no such answer."""
     return fault.response.status_code if isinstance(fault, HfHubHTTPError) else 0
 
 
-def _asked_wait(fault: Exception) -> float:
+def asked_wait(fault: Exception) -> float:
     """Return how many seconds the server asks to wait: its rate limit's reset or Retry-After, a number or a date."""
-    if not isinstance(fault, HfHubHTTPError) or _status(fault) not in (429, 503):
+    if not isinstance(fault, HfHubHTTPError) or status_of(fault) not in (429, 503):
         return 0.0
     limit = parse_ratelimit_headers(fault.response.headers)
     if limit and not limit.remaining:
@@ -123,15 +122,21 @@ def _asked_wait(fault: Exception) -> float:
         return 0.0
 
 
-def _host(fault: Exception) -> str:
+def host_of(fault: Exception) -> str:
     """Name the server that a fault came from: the Hub or its storage, as a firewall may block either."""
+    return str(urlsplit(address_of(fault)).hostname)
+
+
+def address_of(fault: Exception) -> str:
+    """Return the address that was asked when a fault came; it may be signed, and is not to be shown."""
     try:
-        return fault.request.url.host  # type: ignore[attr-defined]
+        request = fault.response.request if isinstance(fault, HfHubHTTPError) else fault.request  # type: ignore[attr-defined]
+        return str(request.url)
     except (RuntimeError, AttributeError):
-        return str(urlsplit(constants.ENDPOINT).hostname)
+        return constants.ENDPOINT
 
 
-def _reason(fault: BaseException) -> str:
+def reason_of(fault: BaseException) -> str:
     """Say why a connection failed in the system's own words, not in the HTTP client's, which may quote a header."""
     cause: BaseException | None = fault
     while cause is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from .checkpoint import DEMO, Checkpoint, Span, Tensor, file_bytes, open_checkpoint
 from .choose import format_layers
 from .errors import DowncycleError
-from .filenames import LINEAGE
+from .filenames import LEGAL, LINEAGE
 from .layers import keep_layers
 from .sources import Progress
 
@@ -152,7 +152,10 @@ def _are_layers(value: Any) -> bool:
 
 
 def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = lambda count: None) -> Iterator[str]:
-    """Yield each way in which two checkpoints differ, in words; nothing where they are equal."""
+    """Yield each way in which two checkpoints differ, in words; nothing where they are equal.
+
+    A licence text that was added is no difference: licences ask those who publish a model to add some.
+    """
     for key in sorted({*expected.config, *found.config}):
         wanted, there = _spell(expected.config, key), _spell(found.config, key)
         if wanted != there:
@@ -162,7 +165,7 @@ def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = la
             yield f"{path} is missing"
         elif file_bytes(data) != file_bytes(found.files[path]):
             yield f"{path} differs"
-    for path in (path for path in found.files if path not in expected.files):
+    for path in (path for path in found.files if path not in expected.files and not path.startswith(LEGAL)):
         yield f"{path} does not belong"
     for name in (name for name in found.tensors if name not in expected.tensors):
         yield f"tensor {name} does not belong"

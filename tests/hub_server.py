@@ -33,6 +33,7 @@ class Fault:
     headers: dict[str, str | None] = field(default_factory=dict)  # added to the answer; None leaves one out
     body: bytes | None = None  # instead of the file's bytes
     drop_after: int | None = None  # bytes of the body after which the connection breaks
+    take: int | None = None  # bytes of what the client sends after which it breaks
     pause: float = 0.0  # seconds before every 4 KiB of the body
     ignore_range: bool = False  # answer 200 with the whole file
     shift: int = 0  # serve a range that lies this many bytes further on
@@ -41,13 +42,14 @@ class Fault:
 
 @dataclass
 class Request:
-    """A request that was answered, and how many bytes of body went out."""
+    """A request that was answered, what came with it, and how many bytes of body went out."""
 
     server: str
     method: str
     path: str
     headers: dict[str, str]
     connection: int  # the client's port
+    body: bytes = b""  # what the client sent
     status: int = 0
     sent: int = 0
 
@@ -133,6 +135,11 @@ class HubServer:
                     return fault
         return Fault("")
 
+    @property
+    def handler(self) -> "type[Handler]":
+        """What answers."""
+        return Handler
+
     def __enter__(self) -> "HubServer":
         for server in self._servers.values():
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
@@ -144,14 +151,14 @@ class HubServer:
             server.server_close()
 
     def _serve(self, name: str) -> ThreadingHTTPServer:
-        handler = type("Handler", (_Handler,), {"hub": self, "server_name": name})
+        handler = type("Handler", (self.handler,), {"hub": self, "server_name": name})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
         server.handle_error = lambda *given: None  # a client that hangs up is no news
         return server
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """Answer one connection's requests, on either port."""
 
     hub: HubServer
@@ -167,17 +174,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.asked.path != "/api/agent-harnesses":  # huggingface_hub 2 asks this once a day, for its own ends
             self.hub.requests.append(self.asked)
         self.fault = self.hub.next_fault(self.asked.path)
-        if self.fault.status:
+        length = int(self.headers["Content-Length"] or 0)
+        self.asked.body = self.rfile.read(length if self.fault.take is None else min(length, self.fault.take))
+        if self.fault.take is not None:
+            self.close_connection = True
+        elif self.fault.status:
             self._send(Answer(self.fault.status, self.fault.body or b""))
         else:
             self._send(self._cdn(url) if self.server_name == "cdn" else self._hub(url))
 
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        """Take a body, and answer."""
-        self.body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.do_GET()
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, *given: object) -> None:
         """Say nothing."""
@@ -186,19 +192,19 @@ class _Handler(BaseHTTPRequestHandler):
         api = re.fullmatch(r"/api/(?:models/)?(.+?)(?:/(revision|tree|paths-info)/([^/]+)(/.+)?)?", url.path)
         resolve = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", url.path)
         if not api and not resolve:
-            return _error(404, "", "no such route")
+            return error_answer(404, "", "no such route")
         repo_id, revision = (api[1], unquote(api[3] or "main")) if api else (resolve[1], unquote(resolve[2]))
         repo = self.hub.repos.get(repo_id)
         if not repo or (repo.private and "authorization" not in self.asked.headers):
-            return _error(401 if repo else 404, "RepoNotFound", "Repository not found")
+            return error_answer(401 if repo else 404, "RepoNotFound", "Repository not found")
         if revision not in {repo.commit, *repo.revisions}:
-            return _error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return error_answer(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if resolve:
             return self._resolve(repo_id, repo, unquote(resolve[3]))
         if api[2] == "tree":
-            return _json([file for file in repo.files if file["path"].startswith(unquote(api[4] or "/")[1:])])
+            return json_answer([file for file in repo.files if file["path"].startswith(unquote(api[4] or "/")[1:])])
         if api[2] == "paths-info":
-            return _json([entry for path in parse_qs(self.body.decode())["paths"] if (entry := _entry(repo, path))])
+            return json_answer([entry for path in parse_qs(self.asked.body.decode())["paths"] if (entry := _entry(repo, path))])
         return self._info(repo_id, repo, "blobs" in parse_qs(url.query))
 
     def _info(self, repo_id: str, repo: Repo, blobs: bool) -> Answer:
@@ -206,12 +212,14 @@ class _Handler(BaseHTTPRequestHandler):
         for file in repo.files:
             lfs = {"lfs": {"sha256": file["lfs"]["oid"], **file["lfs"]}} if "lfs" in file else {}
             siblings.append({"rfilename": file["path"], **({"size": file["size"], "blobId": file["oid"], **lfs} if blobs else {})})
-        return _json({"_id": "0", "id": repo_id, "modelId": repo_id, "sha": repo.commit, "private": repo.private, "siblings": siblings})
+        return json_answer(
+            {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": repo.commit, "private": repo.private, "siblings": siblings}
+        )
 
     def _resolve(self, repo_id: str, repo: Repo, path: str) -> Answer:
         file = next((file for file in repo.files if file["path"] == path), None)
         if not file:
-            return _error(404, "EntryNotFound", "Entry not found")
+            return error_answer(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": repo.commit, "ETag": f'"{file["oid"]}"'}
         if "lfs" not in file:
             return self._range(repo.folder / path, headers)
@@ -262,9 +270,9 @@ def _entry(repo: Repo, path: str) -> dict | None:
     return next((file for file in repo.files if file["path"] == path), folder if inside else None)
 
 
-def _json(value: object) -> Answer:
+def json_answer(value: object) -> Answer:
     return Answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
-def _error(status: int, code: str, message: str) -> Answer:
+def error_answer(status: int, code: str, message: str) -> Answer:
     return Answer(status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message})

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ...surgery.checkpoint import find_source
+from ...surgery.checkpoint import Span, file_bytes, find_source
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import CONFIG, belongs
+from ...surgery.filenames import CONFIG, VOCABULARIES, belongs
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,8 @@ def open_tokenizer(src: str) -> TextTokenizer:
         raise DowncycleError(f"--tokenizer {error}") from error
     if "tokenizer.json" not in source.files:
         raise DowncycleError(f"--tokenizer {src}: holds no tokenizer.json; give the folder or Hub id of a model that has one")
-    names = [path for path in source.files if path == CONFIG or belongs(path)]
-    with tempfile.TemporaryDirectory() as folder:
-        for path in names:
-            target = Path(folder) / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(source.read(path, 0, source.files[path]))
-        loaded = _load(src, folder)
+    files = {path: Span(source, path, 0, size) for path, size in source.files.items() if path == CONFIG or belongs(path)}
+    loaded = load_files(f"--tokenizer {src}", files)
     end = loaded.eos_token_id
     if not loaded.is_fast or end is None:
         lacks = "names no end-of-text token, which training puts behind each document" if loaded.is_fast else "needs Python code to run"
@@ -61,11 +58,23 @@ def open_tokenizer(src: str) -> TextTokenizer:
     return TextTokenizer(source.name, source.revision, backend.to_str(), end, backend.get_vocab_size())
 
 
-def _load(src: str, folder: str) -> Any:
+def load_files(name: str, files: Mapping[str, Span | bytes], trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that lies among a checkpoint's small files with transformers' AutoTokenizer, and nothing from anywhere else.
+
+    Raises:
+        DowncycleError: there is none, or it cannot be read; begins with `name`.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers and transformers raise plain Exception for damaged files
-        reason = " ".join(str(error).replace(folder, src).split())[:200]
-        raise DowncycleError(f"--tokenizer {src}: cannot be loaded ({reason}); fetch its files again, or give another") from error
+    if not trust_remote_code and not any(fnmatch(path, pattern) for path in files for pattern in VOCABULARIES):
+        raise DowncycleError(f"{name}: holds no tokenizer (tokenizer.json, tokenizer.model, vocab.json, ...); put its files there")
+    with tempfile.TemporaryDirectory(prefix="downcycle-") as folder:
+        for path, data in files.items():
+            target = Path(folder) / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file_bytes(data))
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        except Exception as error:  # tokenizers and transformers raise plain Exception for damaged files
+            reason = " ".join(str(error).replace(folder, name).split())[:200]
+            raise DowncycleError(f"{name}: cannot be loaded ({reason}); fetch its files again, or give another") from error

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, Span, Tensor, find_source, open_checkpoint, read_header
+from ..checkpoint import Checkpoint, Span, Tensor, find_source, open_checkpoint, read_header, split_revision
 from ..choose import format_layers
 from ..errors import DowncycleError
 from ..families import TEXT_SECTIONS
@@ -74,9 +74,7 @@ def merge_found(base: Checkpoint, source: Source) -> Checkpoint:
 
 def find_adapter(adapter: str | Path, revision: str | None = None) -> Source:
     """Say where an adapter is: in a folder, or in a repo of the Hub, whose branch, tag or commit may stand behind an @."""
-    if isinstance(adapter, str) and revision is None and re.fullmatch(r"[\w.-]+/[\w.-]+@[\w./-]+", adapter) and not os.path.exists(adapter):
-        adapter, _, revision = adapter.partition("@")
-    return find_source(adapter, revision)
+    return find_source(adapter, revision) if revision or isinstance(adapter, Path) else find_source(*split_revision(adapter))
 
 
 def _read_tensors(source: Source) -> dict[str, Tensor]:

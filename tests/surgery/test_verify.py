@@ -44,6 +44,22 @@ def test_more_files_than_were_written_do_no_harm_unless_a_model_reads_them(child
         verify(child)
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"])
+def test_licence_texts_may_be_added_and_those_of_the_parent_must_stay(make, tmp_path, name):
+    make(tmp_path / "m")
+    write(keep_layers(open_checkpoint(tmp_path / "m"), [0, 3]), tmp_path / "c")
+    (tmp_path / "c" / name).write_text("mine")
+    assert verify(tmp_path / "c").files == 5
+    (tmp_path / "m" / name).write_text("the parent's")
+    with pytest.raises(DowncycleError, match=f"{name} differs"):
+        verify(tmp_path / "c")
+    (tmp_path / "c" / name).unlink()
+    with pytest.raises(DowncycleError, match=f"{name} is missing"):
+        verify(tmp_path / "c")
+    (tmp_path / "c" / name).write_text("the parent's")
+    assert verify(tmp_path / "c").files == 6
+
+
 def flip_a_bit(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

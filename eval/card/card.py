@@ -1,0 +1,253 @@
+"""The model card: README.md with metadata for the Hub and generated sections for people, written again without losing their words.
+
+Puts together what the other modules of this folder know. Needs neither torch nor, but for pictures, matplotlib.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...surgery.checkpoint import Checkpoint, open_checkpoint
+from ...surgery.errors import DowncycleError
+from ..content import content_digest
+from ..results import RESULTS, Results, find_model
+from . import sections, training_text
+from .boilerplate import MACHINE, is_trainers, persons_words, portable
+from .evaluation_text import evaluation
+from .facts import Facts, gather, gather_adapter, is_adapter, with_results
+from .front_matter import INDEX, FrontMatter, read_front_matter, remembered, unite, write_front_matter
+from .licences import known_licence, name_fault, notice
+from .marks import Record, is_marked, put_record, splice, take_record
+from .metadata import make_metadata
+from .pictures import draw_pictures, found_pictures
+from .redact import scrub
+
+README, NOTICE = "README.md", "NOTICE"
+# The sections of a card, in their order.
+SECTIONS: dict[str, Callable[[Facts], str]] = {
+    "summary": sections.summary,
+    "making": sections.making,
+    "use": sections.use,
+    "training": training_text.training,
+    "recipe": training_text.recipe,
+    "evaluation": evaluation,
+    "versions": training_text.versions,
+    "limitations": sections.limitations,
+    "licence": sections.licence,
+    "citation": sections.citation,
+}
+
+
+@dataclass(frozen=True)
+class CardWritten:
+    """What writing a card did. kept_by_hand: generated sections that a person changed or took out, and that were left so.
+
+    missing: what is not known or not there, and what would help, a line each. pictures, notice: what was written beside the card.
+    """
+
+    path: Path
+    kept_by_hand: list[str]
+    missing: list[str]
+    pictures: list[str]
+    notice: bool = False
+
+
+@dataclass(frozen=True)
+class _Existing:
+    """A card that is there already: its metadata, its text without the record of the last run, and that record."""
+
+    front: FrontMatter
+    body: str
+    record: Record
+    line_end: str = "\n"
+
+
+def make_card(
+    checkpoint: Checkpoint,
+    name: str,
+    *,
+    folder: Path | None = None,
+    results: Results | None = None,
+    existing: str | None = None,
+    ask: bool = False,
+) -> str:
+    """Return a model's card.
+
+    Args:
+        name: under which it will be known, NAME or USER/NAME.
+        folder: where it lies, if it is written: its pictures, recipe and trainer's log count.
+        results: what was measured, of this model and of others beside it.
+        existing: the card that is there already; what a person wrote in it stays.
+        ask: whether the Hub may be asked for a parent's card; where it does not answer, less is known.
+    Raises:
+        DowncycleError: metadata that cannot be read, or results of other weights.
+    """
+    before = _read_existing(existing or "")
+    facts = gather(checkpoint, name, folder, before.front.data, ask=ask)
+    if results is not None:
+        facts = with_results(facts, results, find_model(results, content_digest(checkpoint), Path(RESULTS)))
+    return _write(_with_pictures(facts, folder), before)[0]
+
+
+def write_card(folder: Path, results: Results | None = None, *, name: str | None = None, source: Path = Path(RESULTS)) -> CardWritten:
+    """Write or renew the card of a folder that holds a model or an adapter: README.md, its pictures, and a NOTICE where one is asked for.
+
+    Args:
+        name: under which it will be published, USER/NAME [default: the folder's name].
+        source: where the results are from, for messages.
+    Raises:
+        DowncycleError: no model or adapter, a README.md that cannot be read, results of other weights; nothing is changed then.
+    """
+    path = folder / README
+    before = _read_existing(_read_readme(path), path)
+    name = name or folder.resolve().name
+    if is_adapter(folder):
+        if results is not None:
+            raise DowncycleError(f"{folder}: an adapter, and results are of models; merge it, and write the card of the merged model")
+        facts = gather_adapter(folder, name, before.front.data, ask=True)
+    else:
+        checkpoint = open_checkpoint(folder, trust_remote_code=True)
+        facts = gather(checkpoint, name, folder, before.front.data, ask=True)
+        if results is not None:
+            facts = with_results(facts, results, find_model(results, content_digest(checkpoint), source))
+    _write(facts, before, path)  # fails, if it must, before a picture is drawn
+    try:
+        pictures = draw_pictures(facts, folder)
+        text, kept = _write(_with_pictures(facts, folder), before, path)
+        _replace(path, text)
+        wanted = notice_for(facts)
+        if wanted:
+            _replace(folder / NOTICE, wanted)
+    except OSError as error:
+        raise DowncycleError(f"{error.filename or folder}: {error.strerror}; the card cannot be written there") from error
+    return CardWritten(path, kept, _missing(facts), pictures, bool(wanted))
+
+
+def card_files(child: Checkpoint, target: str) -> dict[str, bytes]:
+    """Return what is written beside a model that is about to be: README.md, and NOTICE where its licence asks for one.
+
+    Asks nothing of the network but what is open already. Where no card can be made, there is none.
+
+    Raises:
+        DowncycleError: says why there can be no card.
+    """
+    name = Path(os.path.abspath(target)).name
+    facts = gather(child, name, None, {})
+    text, _ = _write(facts, _read_existing(""), check=False)
+    wanted = notice_for(facts)
+    return {README: text.encode()} | ({NOTICE: wanted.encode()} if wanted else {})
+
+
+def card_for_cut(child: Checkpoint, target: str) -> bytes:
+    """Return the README.md of a model that is about to be written into the folder `target`."""
+    return card_files(child, target)[README]
+
+
+def notice_for(facts: Facts) -> str | None:
+    """Return the NOTICE that a model's licence asks for and that its folder lacks."""
+    has = any(path.upper().startswith(NOTICE) for path in facts.files)
+    return None if has else notice(facts.licence)
+
+
+def _with_pictures(facts: Facts, folder: Path | None) -> Facts:
+    return replace(facts, files=(*facts.files, *found_pictures(folder)))
+
+
+def _read_readme(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig") if os.path.lexists(path) else ""
+    except OSError as error:
+        raise DowncycleError(f"{path}: {error.strerror}; the card there cannot be read") from error
+    except UnicodeDecodeError as error:
+        raise DowncycleError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 and write the card again") from error
+
+
+def _read_existing(text: str, path: Path = Path(README)) -> _Existing:
+    line_end = "\r\n" if "\r\n" in text else "\n"
+    try:
+        front = read_front_matter(text.replace("\r\n", "\n"))
+        _check_index(front.data)
+    except DowncycleError as error:
+        raise DowncycleError(f"{path}: {error}") from error
+    if not is_marked(front.body) and is_trainers(front.body):  # what a trainer wrote counts as written by the last run
+        data = portable(front.data)
+        written = Record((), {key: value for key, value in data.items() if key in MACHINE})
+        return _Existing(FrontMatter("", data, ""), persons_words(front.body), written, line_end)
+    body, record = take_record(front.body)
+    return _Existing(front, body, record, line_end)
+
+
+def _check_index(data: Mapping[str, Any]) -> None:
+    """Refuse results that the Hub could not read either, before anything is built on them."""
+    if data.get(INDEX):
+        from huggingface_hub.repocard_data import model_index_to_eval_results
+
+        try:
+            model_index_to_eval_results(data[INDEX])
+        except (KeyError, TypeError, AttributeError, ValueError, UnboundLocalError) as error:
+            fault = f"{type(error).__name__}: {str(error)[:60]}"
+            raise DowncycleError(f"its model-index is not as the Hub has it ({fault}); mend it, or take it out") from error
+
+
+def _write(facts: Facts, before: _Existing, path: Path = Path(README), check: bool = True) -> tuple[str, list[str]]:
+    """Return the whole card, and the generated sections that a person changed or took out."""
+    texts = {name: scrub(text) if name != "recipe" else text for name, make in SECTIONS.items() if (text := make(facts))}
+    ours = make_metadata(facts)
+    known = before.record
+    spliced = splice(before.body, texts, list(SECTIONS), known.sections)
+    data = unite(known.metadata, before.front.data, ours)
+    written = dict.fromkeys([*known.sections, *(name for name in SECTIONS if name in texts)])
+    record = Record(tuple(written), {**known.metadata, **remembered(ours)})
+    yaml = write_front_matter(before.front, data)
+    content = f"---\n{yaml}\n---\n\n{put_record(spliced.text.lstrip(chr(10)), record)}"
+    if check:
+        _validate(content, path)
+    return content.replace("\n", before.line_end), [*spliced.kept, *spliced.gone]
+
+
+def _validate(content: str, path: Path) -> None:
+    """Let huggingface_hub read the card as the Hub would."""
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(content)
+    except Exception as error:  # whatever its parser raises
+        raise DowncycleError(
+            f"{path}: huggingface_hub cannot read its metadata ({' '.join(str(error).split())[:160]}); mend them"
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole, or not at all; through a link, its own folder is written and not what it leads to."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_bytes(text.encode())
+        staged.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            staged.unlink()
+        raise
+
+
+def _missing(facts: Facts) -> list[str]:
+    """Say what the card could not, and what would help."""
+    lines = []
+    known = known_licence(facts.licence)
+    if facts.licence is None:
+        lines.append("licence: not known; give `license:` in the metadata of README.md")
+    if known and known.copy and not any(path.upper().startswith(("LICENSE", "LICENCE", "COPYING")) for path in facts.files):
+        lines.append(f"LICENSE: the {known.title} wants a copy of itself beside the model" + (f": {known.link}" if known.link else ""))
+    if fault := name_fault(facts.licence, facts.name):
+        lines.append(f"name: {fault}")
+    if facts.is_healed and (facts.training is None or not facts.training.log):
+        lines.append("training: its output folder is not where it was, so that losses are not known")
+    if facts.is_healed and (facts.training is None or not facts.training.recipe):
+        lines.append("recipe: the YAML that it was trained with was not found")
+    if facts.results is None and facts.adapter is None:
+        lines.append("evaluation: nothing was measured; run `downcycle eval PARENT DIR`")
+    return lines

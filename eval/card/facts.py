@@ -1,0 +1,262 @@
+"""Everything that is known of a model and may be published, gathered once: itself, its parents, its training, its licence.
+
+Opens what lies on this machine and reads small files; computes no digest, measures nothing, and invents nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...recipes.commands import RECIPE
+from ...surgery.checkpoint import DEMO, Checkpoint, file_bytes, open_checkpoint
+from ...surgery.errors import DowncycleError
+from ...surgery.filenames import INDEX, LINEAGE, SINGLE
+from ...surgery.verify import MERGE
+from ..origin import HEALED, Origin, origin_of, training_folder
+from ..report.compare import check_finite
+from ..results import ModelResult, Results
+from .licences import licence_in_card, licence_in_text
+from .parents import Parent, on_hub, open_sources, read_parent, read_parents
+from .redact import scrub
+from .training_record import Training, read_training
+
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model, fit for publication. name: under which it is shown, USER/NAME where it has a user.
+
+    parents: the nearest first, the first parent last. layers, parameters, nbytes, dtype: of the model itself, 0 and "" of an adapter.
+    adapter: its adapter_config.json, where it is one. licence: as licences.py calls it. files: of its folder, by their names.
+    measured: this model's own part of the results.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
+    parents: tuple[Parent, ...] = ()
+    layers: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+    dtype: str = ""
+    adapter: Mapping[str, Any] | None = None
+    licence: str | None = None
+    card: Mapping[str, Any] = field(default_factory=dict)
+    training: Training | None = None
+    made_with: str = ""
+    files: tuple[str, ...] = ()
+    results: Results | None = None
+    measured: ModelResult | None = None
+
+    @property
+    def parent(self) -> Parent | None:
+        """The first parent: what all of it comes from."""
+        return self.parents[-1] if self.parents else None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether layers of the first parent were chosen."""
+        return self.origin.kept is not None and self.adapter is None
+
+    @property
+    def is_healed(self) -> bool:
+        """Whether it was trained after all cuts: something was merged into it, or its own folder holds a training's log."""
+        return self.origin.role == HEALED or self.training is not None
+
+    @property
+    def title(self) -> str:
+        """The name without its user."""
+        return self.name.rpartition("/")[2]
+
+
+def gather(checkpoint: Checkpoint, name: str, folder: Path | None, own_card: Mapping[str, Any], *, ask: bool = False) -> Facts:
+    """Gather what is known of a model.
+
+    Args:
+        folder: its own, where it is written: what else lies there counts too. own_card: metadata of the card that is there already.
+        ask: whether the Hub may be asked for a parent's card.
+    """
+    origin = _origin(checkpoint)
+    training = _training(checkpoint, origin, folder)
+    base = _trained_base(training, folder) if training and not origin.steps else None
+    if base is not None:
+        origin, made = _origin(base), base.lineage
+        near = read_parent(base.name, base.revision, ask=ask)
+        parents = (near, *read_parents(origin, list(open_sources(base)), ask=ask, near=Path()))
+    else:
+        made = checkpoint.lineage
+        parents = read_parents(origin, list(open_sources(checkpoint)), ask=ask, near=folder.parent if folder else Path())
+        if not origin.steps and training and (named := training.config.get("base_model")) and isinstance(named, str):
+            parents = (_named_parent(named, ask),)
+    return Facts(
+        name=name,
+        config=checkpoint.config,
+        origin=origin,
+        parents=parents,
+        layers=checkpoint.num_layers,
+        parameters=checkpoint.num_elements,
+        nbytes=checkpoint.nbytes,
+        dtype=_dtype(checkpoint),
+        licence=_licence(_legal_texts(checkpoint), own_card, parents),
+        card=own_card,
+        training=training,
+        made_with=str(made.get("downcycle", "")),
+        files=_files(checkpoint, folder),
+    )
+
+
+def gather_adapter(folder: Path, name: str, own_card: Mapping[str, Any], *, ask: bool = False) -> Facts:
+    """Gather what is known of an adapter of peft and of the model that it was trained on.
+
+    Raises:
+        DowncycleError: adapter_config.json cannot be read.
+    """
+    try:
+        adapter = json.loads((folder / ADAPTER).read_text())
+        named = adapter["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DowncycleError(f"{folder / ADAPTER}: no config of an adapter ({str(error)[:80]}); save the adapter again") from error
+    base = _open_base(named, folder)
+    origin = _origin(base) if base else Origin()
+    near = (_named_parent(named, ask, adapter.get("revision")),) if isinstance(named, str) and named else ()
+    parents = (*near, *(read_parents(origin, list(open_sources(base)), ask=ask, near=folder.parent) if base else ()))
+    texts = [path.read_text(errors="replace") for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file()]
+    return Facts(
+        name=name,
+        origin=origin,
+        parents=parents,
+        dtype=_dtype(base) if base else "",
+        adapter=adapter,
+        licence=_licence(texts, own_card, parents),
+        card=own_card,
+        training=read_training(folder, _recipes(base, folder)),
+        files=tuple(sorted(path.name for path in folder.iterdir() if path.is_file())),
+    )
+
+
+def with_results(facts: Facts, results: Results, measured: ModelResult) -> Facts:
+    """Add what was measured, and the models that it was measured beside.
+
+    Raises:
+        DowncycleError: something measured is no finite number.
+    """
+    results = check_finite(results)
+    return replace(facts, results=results, measured=next(one for one in results.models if one.content == measured.content))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (folder / ADAPTER).is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
+def own_version() -> str:
+    """The release of this package."""
+    return version("downcycle")
+
+
+def describe_result(facts: Facts) -> ModelResult:
+    """Return a model's facts as the figures take them, without any measurement."""
+    role = facts.origin.role
+    log = facts.training.log if facts.training else ()
+    return ModelResult(
+        name=facts.title,
+        content="",
+        role=role,
+        layers=facts.layers,
+        parameters=facts.parameters,
+        nbytes=facts.nbytes,
+        load="",
+        device="",
+        depth=facts.origin.depth,
+        kept=facts.origin.kept,
+        training=log,
+    )
+
+
+def _origin(checkpoint: Checkpoint) -> Origin:
+    try:
+        origin = origin_of(checkpoint)
+        if all(isinstance(text, str) for step in origin.steps for text in (step.parent, step.adapter, step.rule)):
+            return origin
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
+        pass
+    raise DowncycleError(f"{checkpoint.name}/{LINEAGE}: does not say how the model was made; it was changed, or is another version's")
+
+
+def _training(checkpoint: Checkpoint, origin: Origin, folder: Path | None) -> Training | None:
+    """Find what is known of the training behind a model: that of the last adapter merged into it, or its own."""
+    merges = [step for step in origin.steps if step.operation == MERGE]
+    output = training_folder(checkpoint, folder)
+    if output is None and merges:
+        last = Path(merges[-1].adapter).expanduser()
+        output = last if not merges[-1].adapter_revision and last.is_dir() else None
+    if output is None:
+        return None
+    beside = [Path(step.parent).expanduser() / RECIPE for step in reversed(merges) if step.revision is None and step.parent != DEMO]
+    return read_training(output, [*beside, output.parent / RECIPE])
+
+
+def _recipes(base: Checkpoint | None, folder: Path) -> Iterable[Path]:
+    return [*([Path(base.name) / RECIPE] if base and base.revision is None else []), folder.parent / RECIPE]
+
+
+def _trained_base(training: Training, folder: Path | None) -> Checkpoint | None:
+    """Open what a fully trained model was made from, where its recipe names a folder that is still here."""
+    base = _open_base(training.config.get("base_model"), folder)
+    return base if base is not None and base.lineage else None
+
+
+def _open_base(named: Any, folder: Path | None) -> Checkpoint | None:
+    if isinstance(named, str) and named:
+        for place in (Path(named).expanduser(), *([folder.parent / named] if folder else [])):
+            with suppress(DowncycleError, OSError):
+                if place.is_dir():
+                    return open_checkpoint(place)
+    return None
+
+
+def _named_parent(named: str, ask: bool, revision: Any = None) -> Parent:
+    """Describe a parent that a recipe or an adapter names, which does not say whether that is a folder or on the Hub."""
+    parent = read_parent(named, revision if isinstance(revision, str) else None, ask=ask)
+    if parent.hub_id or os.path.exists(os.path.expanduser(named)):
+        return parent
+    return on_hub(named, ask) or parent
+
+
+def _licence(texts: Iterable[str], own_card: Mapping[str, Any], parents: Iterable[Parent]) -> str | None:
+    """Say under which licence a model is: its nearest parent's that is known, that of its own texts, or what its card says already."""
+    found = next((parent.licence for parent in parents if parent.licence), None)
+    return found or next((one for text in texts if (one := licence_in_text(text))), None) or licence_in_card(own_card)
+
+
+def _legal_texts(checkpoint: Checkpoint) -> list[str]:
+    texts = []
+    for path, data in checkpoint.files.items():
+        if path.upper().startswith(("LICENSE", "LICENCE", "COPYING")):
+            with suppress(DowncycleError, OSError):
+                texts.append(file_bytes(data).decode(errors="replace"))
+    return texts
+
+
+def _files(checkpoint: Checkpoint, folder: Path | None) -> tuple[str, ...]:
+    there = (path.name for path in folder.iterdir() if path.is_file()) if folder else ()
+    lineage = {LINEAGE} if checkpoint.lineage else set()  # which is written, or lies there
+    return tuple(sorted({*checkpoint.files, *there, *lineage}))
+
+
+def _dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype that a config states, as torch spells it; empty where it states none or the weights are packed."""
+    text = checkpoint.config.get("text_config")
+    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(stated := config.get(key), str) and "quantization_config" not in checkpoint.config:
+                return scrub(stated.removeprefix("torch."))
+    return ""

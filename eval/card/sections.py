@@ -1,0 +1,218 @@
+"""The sections of a card that say what a model is, how it was made and used, what it cannot do, and what its licence asks.
+
+Writes Markdown from facts; what is not known is not mentioned.
+"""
+
+from __future__ import annotations
+
+import json
+
+from ...recipes.commands import RECIPE
+from ...surgery.checkpoint import DEMO
+from ...surgery.choose import format_layers
+from ...surgery.filenames import LINEAGE
+from ...surgery.verify import MERGE
+from ...terminal import format_bytes
+from ..origin import Step
+from ..report.compare import score_rows
+from ..report.numbers import join_words, write_count, write_share
+from .facts import Facts, own_version
+from .licences import duties, known_licence
+from .metadata import pipeline_tag
+from .papers import papers, software
+from .parents import Parent
+from .redact import name_of, scrub
+from .training_text import eval_losses, texts_in_words
+from .wording import bullets, model_link, paragraphs, plain, strip_map
+
+LAYERS_PICTURE = "figures/layers.png"
+# Why a rule keeps what it keeps: what surgery/choose.py says of it, for those who read a card.
+WHY = {
+    "first": "keeps the layers nearest the input and drops the deepest ones: the choice of Llama-3-6B and of Inheritune "
+    "(arXiv 2404.08634), made to be trained further.",
+    "tail": "drops the block just before the last layer and keeps the last one, whose output the head was trained on.",
+    "ends": "keeps the first and the last half, so that the layers next to the embeddings and those next to the head both stay.",
+    "even": "spreads the kept layers evenly over the depth, the first and the last among them, so that no long run is missing.",
+    "layers": "means that the layers were listed one by one.",
+}
+
+
+def summary(facts: Facts) -> str:
+    """Say what the model is, in one paragraph, and show the line that its licence asks for."""
+    known = known_licence(facts.licence)
+    built = f"**{known.built_with}**" if known and known.built_with else ""
+    builtin = f"`{DEMO}` is the built-in model of downcycle." if facts.parent and facts.parent.name == DEMO else ""
+    return paragraphs([f"# {plain(facts.title)}", built, " ".join(filter(None, [_what(facts), _state(facts), builtin]))])
+
+
+def making(facts: Facts) -> str:
+    """Say what was done to the parent, step by step, and draw which layers are left."""
+    if not facts.origin.steps:
+        return ""
+    lines = [f"{place}. {_step(step, facts)}" for place, step in enumerate(facts.origin.steps, 1)]
+    if facts.adapter is None and not any(step.operation == MERGE for step in facts.origin.steps) and facts.training:
+        lines.append(f"{len(lines) + 1}. **Train** what was left, as described below.")
+    made = ""
+    if facts.made_with and LINEAGE in facts.files:
+        made = f"Made with downcycle {plain(facts.made_with)}. `{LINEAGE}` holds what is needed to make it again."
+    return paragraphs(["## How it was made", "\n".join(lines), _layer_map(facts), made])
+
+
+def use(facts: Facts) -> str:
+    """Show how transformers loads the model."""
+    kind = {"text-generation": "AutoModelForCausalLM", "image-text-to-text": "AutoModelForImageTextToText"}.get(pipeline_tag(facts) or "")
+    if kind is None:
+        return ""
+    dtype = f', dtype="{facts.dtype}"' if facts.dtype else ""
+    trust = ", trust_remote_code=True" if facts.config.get("auto_map") else ""
+    tokenizer = any(name.startswith("tokenizer") or name.endswith(".model") for name in facts.files)
+    lines = [f"from transformers import {kind}{', AutoTokenizer' if tokenizer else ''}"]
+    if facts.adapter is not None:
+        base = facts.parents[0] if facts.parents else None
+        if base is None or base.name == DEMO:
+            return ""
+        lines = ["from peft import PeftModel", *lines, "", f"base = {kind}.from_pretrained({_quoted(base.hub_id or base.name)}{dtype})"]
+        lines += [f"model = PeftModel.from_pretrained(base, {_quoted(facts.name)})"]
+    else:
+        lines += ["", f"model = {kind}.from_pretrained({_quoted(facts.name)}{dtype}{trust})"]
+    if tokenizer:
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({_quoted(facts.name)}{trust})"]
+    if tokenizer and kind == "AutoModelForCausalLM":
+        lines += ['inputs = tokenizer("The best thing about a small model is", return_tensors="pt")']
+        lines += ['output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=50)']
+        lines += ["print(tokenizer.decode(output[0], skip_special_tokens=True))"]
+    return paragraphs(["## How to use it", "```python\n" + "\n".join(lines) + "\n```"])
+
+
+def limitations(facts: Facts) -> str:
+    """Say what is true of every model whose layers were dropped, and what the known facts add."""
+    parent = _named(facts.parent) if facts.parent else "its parent"
+    lines = []
+    if facts.origin.kept is not None:
+        if not facts.is_healed:
+            lines.append("**It was not trained after the cut.** Expect broken text: layers read what they were never trained on.")
+        lines += [
+            f"Dropping layers takes away knowledge and skill. What needs many steps, such as arithmetic and reasoning, suffers most and "
+            f"comes back last; do not expect the scores of {parent}.",
+            f"It has the biases and faults of {parent}. If that was tuned to follow instructions or to refuse, "
+            "this may be weakened; it was not tested here.",
+        ]
+    lines += _measured_losses(facts)
+    if facts.training:
+        languages = {text.language for text in facts.training.texts}
+        if len(languages) == 1 and (language := languages.pop()):
+            lines.append(f"It was trained further on text in one language (`{plain(language)}`) only; others were not refreshed.")
+        length, positions = facts.training.config.get("sequence_len"), facts.config.get("max_position_embeddings")
+        if isinstance(length, int) and isinstance(positions, int) and length < positions:
+            lines.append(f"It was trained further on sequences of up to {length:,} tokens; its config allows {positions:,}.")
+    if lines and not (facts.measured and facts.measured.scores):
+        lines.append("No benchmark results of it are given here.")
+    return paragraphs(["## Limitations", bullets(lines)]) if lines else ""
+
+
+def licence(facts: Facts) -> str:
+    """Name the licence and what it asks of those who hand the model on."""
+    if not facts.licence:
+        return ""
+    known = known_licence(facts.licence)
+    if known is None:
+        return paragraphs(["## Licence", f"`{plain(facts.licence)}`, as {_named(facts.parent) if facts.parent else 'its parent'}."])
+    title = f"[{known.title}]({known.link})" if known.link else known.title
+    built = f"**{known.built_with}**" if known.built_with else ""
+    named = f", as that of {_named(facts.parent)}" if facts.parent and facts.parent.licence == facts.licence else ""
+    return paragraphs(["## Licence", f"{title}{named}.", built, bullets(duties(known))])
+
+
+def citation(facts: Facts) -> str:
+    """Give the parent's own citations, where they are known, this package, and the papers that were used."""
+    parents = [entry for parent in facts.parents for entry in parent.citations]
+    tool = [software(facts.made_with or own_version())] if facts.origin.steps else []
+    cited = list(dict.fromkeys([*parents, *tool, *papers(facts)]))
+    return paragraphs(["## Citation", "```bibtex\n" + scrub("\n\n".join(cited)) + "\n```"]) if cited else ""
+
+
+def _named(parent: Parent) -> str:
+    return model_link(parent.hub_id, parent.name)
+
+
+def _what(facts: Facts) -> str:
+    name, parent = f"**{plain(facts.title)}**", facts.parent
+    kept, depth = facts.origin.kept, facts.origin.depth
+    if facts.adapter is not None:
+        rank = f" of rank {facts.adapter['r']}" if isinstance(facts.adapter.get("r"), int) else ""
+        base = f" for {_named(facts.parents[0])}" if facts.parents else ""
+        cut = f", which is {_named(parent)} with {len(kept)} of its {depth} decoder layers" if parent and kept else ""
+        return f"{name} is a {'DoRA' if facts.adapter.get('use_dora') else 'LoRA'} adapter{rank}{base}{cut}. It is no model by itself."
+    size = f"{_size(facts)} in {facts.layers} decoder layers"
+    if parent is None:
+        return f"{name} is a model of {size}."
+    if kept is None:
+        return f"{name} is {_named(parent)}, trained further: {size}."
+    if len(set(kept)) < len(kept):
+        return f"{name} is made of the decoder layers of {_named(parent)}, {len(kept)} of them where that has {depth}: {_size(facts)}."
+    return f"{name} is {_named(parent)} with {len(kept)} of its {depth} decoder layers: {_size(facts)}."
+
+
+def _size(facts: Facts) -> str:
+    if "quantization_config" in facts.config:
+        return f"{format_bytes(facts.nbytes)} of packed weights"
+    return f"{write_count(facts.parameters).replace(' ', '')} parameters ({facts.parameters:,})"
+
+
+def _state(facts: Facts) -> str:
+    """Say whether it was healed, and on what, with the losses that tell how well."""
+    if facts.origin.kept is None or facts.adapter is not None:
+        return ""
+    if not facts.is_healed:
+        heals = f" `{RECIPE}` in this repo is a recipe for that." if RECIPE in facts.files else ""
+        return f"It was not trained after the cut: it is a starting point for continued pretraining, and of no use as it is.{heals}"
+    if facts.training is None:
+        return "After the cut it was healed by training it further."
+    on = f" on {texts_in_words(facts.training)}" if facts.training.texts else ""
+    losses = eval_losses(facts.training)
+    fell = f"; its loss on held-out text went from {losses[0]:.4f} to {losses[-1]:.4f}" if len(losses) > 1 else ""
+    return f"After the cut it was healed: trained further{on}{fell}."
+
+
+def _step(step: Step, facts: Facts) -> str:
+    if step.operation == MERGE:
+        rank = facts.training.config.get("lora_r") if facts.training else None
+        ranked = f" of rank {rank}" if isinstance(rank, int) else ""
+        name = step.adapter if step.adapter_revision else name_of(step.adapter)
+        merged = model_link(step.adapter if step.adapter_revision else None, name)
+        return f"**Merge** the adapter {merged}{ranked}, trained as described below: each weight W became W + BA, rounded once."
+    source = next((parent for parent in facts.parents if parent.hub_id == step.parent or parent.name == name_of(step.parent)), None)
+    named = _named(source) if source else _named(facts.parent) if step == facts.origin.steps[0] and facts.parent else ""
+    revision = f" (revision `{step.revision[:12]}`)" if step.revision else ""
+    why = f" The rule `{plain(step.rule)}` {WHY[step.rule]}" if step.rule in WHY else f" Rule: `{plain(step.rule)}`." if step.rule else ""
+    return f"**Cut** {named}{revision} to its layers {format_layers(list(step.layers))}, copied byte for byte and renumbered.{why}".replace(
+        "  ", " "
+    )
+
+
+def _layer_map(facts: Facts) -> str:
+    kept, depth = facts.origin.kept, facts.origin.depth
+    if kept is None or depth is None:
+        return ""
+    picture = f"![Layers kept and dropped]({LAYERS_PICTURE})" if LAYERS_PICTURE in facts.files else ""
+    dropped = sorted(set(range(depth)) - set(kept))
+    key = "█ kept, ░ dropped" + (", a digit: kept so often" if len(set(kept)) < len(kept) else "")
+    legend = f"kept {format_layers(list(kept))}; dropped {format_layers(dropped) or 'none'}; numbered from 0 in the parent ({key})"
+    return paragraphs([picture, f"```text\n{strip_map(depth, kept)}\n```", f"Layers {legend}."])
+
+
+def _measured_losses(facts: Facts) -> list[str]:
+    """Name the benchmarks that lost most against the first model measured."""
+    if not facts.results or not facts.measured or facts.measured is facts.results.baseline:
+        return []
+    place = facts.results.models.index(facts.measured)
+    shares = [(share, row.title) for row in score_rows(facts.results) if row.tasks == 1 and (share := row.retained(place)) is not None]
+    lost = sorted(share_title for share_title in shares if share_title[0] < 1)[:2]
+    if not lost:
+        return []
+    named = join_words([f"{plain(title)} ({write_share(share)} left)" for share, title in lost])
+    return [f"Of what was measured, it lost most on {named}."]
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(scrub(name), ensure_ascii=False)

@@ -1,0 +1,248 @@
+"""Measure models side by side: what is known already is recalled, and a model is loaded only for what is not.
+
+Decides what is measured and puts it together; how, it refuses to know.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..recipes.training import history
+from ..surgery.checkpoint import Checkpoint, open_checkpoint, split_revision
+from ..surgery.errors import DowncycleError
+from .benchmarks.tasks import Task, parse_tasks, task_key
+from .cache import keep, keep_results, key_of, recall
+from .content import content_digest
+from .machine import gpu_names, machine_words
+from .measure.text import Documents, read_documents
+from .origin import HEALED, PARENT, UNKNOWN, origin_of, training_folder
+from .results import Logged, ModelResult, Perplexity, Results, Score, Speed
+
+if TYPE_CHECKING:
+    from .measure.loading import Loaded
+
+PACKAGES = ("downcycle", "torch", "transformers", "bitsandbytes", "lm_eval")
+Measured = dict[str, Any]  # by key
+Progress = Callable[[str, int, int], None]  # what is being done, how much is, of how much (0: unknown)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of every model, and how it is loaded. length, stride: of perplexity's windows; None: as the model lets."""
+
+    texts: tuple[Documents, ...]
+    tasks: tuple[Task, ...] = ()
+    limit: int | None = None
+    load: str = "stored"
+    offload: bool = False
+    length: int | None = None
+    stride: int | None = None
+    batch: int | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def how(self) -> list[Any]:
+        """What decides every number beside the model and the measure: how it is loaded, on what, by which releases."""
+        releases = [_version(name) for name in ("torch", "transformers", "bitsandbytes")]
+        return [self.load, self.offload, "cuda" if gpu_names() else "cpu", *releases]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured, under the name that it is shown by."""
+
+    name: str
+    checkpoint: Checkpoint
+    content: str
+
+
+def evaluate(
+    models: Sequence[str],
+    texts: Sequence[str | None] = (None,),
+    tasks: str = "",
+    *,
+    limit: int | None = None,
+    load: str = "stored",
+    offload: bool = False,
+    length: int | None = None,
+    stride: int | None = None,
+    batch: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Results:
+    """Measure perplexity, benchmarks, speed and size of models; the first is what the others are compared with.
+
+    Args:
+        models: folders, Hub ids (USER/NAME, USER/NAME@REVISION), or `demo`.
+        texts: files, folders or Hub data sets for perplexity; None is the built-in held-out text.
+        tasks: benchmarks, as `--tasks` spells them. limit: examples of each, and documents of each text.
+        load: stored, bf16, fp32, int8 or nf4. offload: let a model that is larger than memory run, slowly.
+        length, stride, batch: of perplexity's windows, in tokens, and how many go through at once.
+    Raises:
+        DowncycleError: what cannot be opened, loaded or measured; says why.
+    """
+    plan = Plan(
+        tuple(read_documents(text, limit) for text in texts),
+        tuple(parse_tasks(tasks)) if tasks else (),
+        limit,
+        load,
+        offload,
+        length,
+        stride,
+        batch,
+        trust_remote_code,
+    )
+    subjects = _subjects(models, trust_remote_code, progress)
+    side_by_side = key_of("speed", sorted(subject.content for subject in subjects), machine_words(), plan.how)
+    fresh = any(recall(subject.content, side_by_side) is None for subject in subjects)
+    measured = [_measure(subject, plan, side_by_side, fresh, progress) for subject in subjects]
+    described = [_describe(subject, known, plan, side_by_side) for subject, known in zip(subjects, measured, strict=True)]
+    versions = {name: release for name in PACKAGES if (release := _version(name))}
+    results = Results(_with_roles(described), machine_words(), versions, time.strftime("%Y-%m-%d"))
+    keep_results(results)
+    return results
+
+
+def _subjects(models: Sequence[str], trust_remote_code: bool, progress: Progress) -> list[Subject]:
+    """Open the models; each is shown by the last part of a folder's name, where that names one of them only."""
+    if repeated := next((src for src in models if models.count(src) > 1), None):
+        raise DowncycleError(f"{repeated}: given twice; name each model once")
+    opened = [open_checkpoint(*split_revision(src), trust_remote_code=trust_remote_code) for src in models]
+    short = [one.name if one.revision else Path(os.path.abspath(one.name)).name for one in opened]
+    subjects = []
+    for src, checkpoint, name in zip(models, opened, short, strict=True):
+        content = content_digest(checkpoint, lambda count, what=f"reading {name}": progress(what, 0, 0))  # type: ignore[misc]
+        subjects.append(Subject(name if short.count(name) == 1 else src, checkpoint, content))
+    return subjects
+
+
+def _measure(subject: Subject, plan: Plan, side_by_side: str, fresh: bool, progress: Progress) -> Measured:
+    """Return what is measured of a model, by key; it is loaded, once, if anything is not known yet."""
+    jobs = _jobs(subject, plan, side_by_side, progress)
+    known = {key: recall(subject.content, key) for key in jobs}
+    if fresh:
+        known[side_by_side] = None
+    if missing := [key for key in jobs if known[key] is None]:
+        from .measure.loading import load
+
+        progress(f"loading {subject.name}", 0, 0)
+        loaded = load(subject.checkpoint, plan.load, offload=plan.offload, trust_remote_code=plan.trust_remote_code)
+        for key in missing:
+            known[key] = jobs[key](loaded)
+            keep(subject.content, key, known[key])
+        del loaded
+        gc.collect()
+    return known
+
+
+def _jobs(subject: Subject, plan: Plan, side_by_side: str, progress: Progress) -> dict[str, Callable[[Loaded], Any]]:
+    """What there is to measure: for each key, a function of the loaded model that gives a value for JSON."""
+
+    def say(what: str, done: int, total: int) -> None:
+        progress(f"{subject.name}, {what}", done, total)
+
+    jobs: dict[str, Callable[[Loaded], Any]] = {
+        _key(plan, "loaded"): lambda loaded: {"load": _dtype(loaded), "device": loaded.device.type},
+        side_by_side: lambda loaded: _speed(loaded, say),
+    }
+    jobs |= {_text_key(plan, text): partial(_perplexity, text, plan, say) for text in plan.texts}
+    return jobs | {_task_key(plan, task): partial(_scores, task, plan, subject, say) for task in plan.tasks}
+
+
+def _perplexity(text: Documents, plan: Plan, say: Progress, loaded: Loaded) -> dict[str, Any]:
+    from .measure.perplexity import perplexity
+
+    return asdict(perplexity(loaded, text, length=plan.length, stride=plan.stride, batch=plan.batch, progress=say))
+
+
+def _scores(task: Task, plan: Plan, subject: Subject, say: Progress, loaded: Loaded) -> list[dict[str, Any]]:
+    from .benchmarks.run import run_task
+
+    return [asdict(score) for score in run_task(loaded, task, limit=plan.limit, batch=plan.batch, content=subject.content, progress=say)]
+
+
+def _speed(loaded: Loaded, say: Progress) -> dict[str, Any]:
+    from .measure.speed import measure_speed
+
+    return asdict(measure_speed(loaded, progress=say))
+
+
+def _dtype(loaded: Loaded) -> str:
+    """How the weights were held, in words: what was asked for, or the dtype that they are stored in."""
+    if loaded.load != "stored":
+        return loaded.load
+    if isinstance(packed := loaded.checkpoint.config.get("quantization_config"), dict):
+        return f"packed by {packed.get('quant_method')}"
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return {"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
+
+
+def _key(plan: Plan, *parts: Any) -> str:
+    return key_of(*parts, plan.how)
+
+
+def _text_key(plan: Plan, text: Documents) -> str:
+    return _key(plan, "perplexity", text.digest, plan.length, plan.stride)
+
+
+def _task_key(plan: Plan, task: Task) -> str:
+    return _key(plan, "task", task_key(task, plan.limit))
+
+
+def _describe(subject: Subject, known: Measured, plan: Plan, side_by_side: str) -> ModelResult:
+    """Put together what is known of a model."""
+    checkpoint, origin = subject.checkpoint, origin_of(subject.checkpoint)
+    texts = (replace(Perplexity(**known[_text_key(plan, text)]), text=_shown(text.name)) for text in plan.texts)
+    training = training_folder(checkpoint, Path(checkpoint.name) if not checkpoint.revision else None)
+    return ModelResult(
+        name=subject.name,
+        content=subject.content,
+        role=HEALED if training and not origin.steps else origin.role,
+        layers=checkpoint.num_layers,
+        parameters=checkpoint.num_elements,
+        nbytes=checkpoint.nbytes,
+        **known[_key(plan, "loaded")],
+        revision=checkpoint.revision,
+        depth=origin.depth,
+        kept=origin.kept,
+        perplexity=tuple(texts),
+        scores=tuple(Score(**score) for task in plan.tasks for score in known[_task_key(plan, task)]),
+        speed=Speed(**known[side_by_side]),
+        training=logged(training) if training else (),
+    )
+
+
+def _shown(text: str) -> str:
+    """A text's name without the folders of this machine."""
+    return Path(text).name if os.path.exists(os.path.expanduser(text)) else text
+
+
+def logged(folder: Path) -> tuple[Logged, ...]:
+    """Return the losses that a trainer logged, from its output folder; where one state is damaged, none."""
+    with suppress(DowncycleError):
+        return tuple(
+            Logged(entry["step"], float(entry.get("epoch", 0)), entry.get("loss"), entry.get("eval_loss"))
+            for entry in history(folder)
+            if "loss" in entry or "eval_loss" in entry
+        )
+    return ()
+
+
+def _with_roles(models: Sequence[ModelResult]) -> tuple[ModelResult, ...]:
+    """Of models that were not made here, only the first is taken for the parent of the others."""
+    return tuple(replace(one, role=UNKNOWN) if number and one.role == PARENT else one for number, one in enumerate(models))
+
+
+def _version(name: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(name)
+    return None

@@ -1,0 +1,71 @@
+"""Rates are those of runs that really happened, of the lengths that are stated, and the peak covers the weights."""
+
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from downcycle import DowncycleError, open_checkpoint  # noqa: E402
+from downcycle.eval.measure.loading import load  # noqa: E402
+from downcycle.eval.measure.memory import held_memory, peak_memory, start_peak  # noqa: E402
+from downcycle.eval.measure.speed import measure_speed  # noqa: E402
+
+BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "max_position_embeddings": 64}
+
+
+def test_reads_and_writes_as_many_tokens_as_it_says(tiny):
+    """Seen by a hook on the model: the prompt at once, then one token at a time on top of the cache, past any end of text."""
+    loaded = load(open_checkpoint(tiny(eos_token_id=[*range(4000)])), device="cpu")
+    seen = []
+    loaded.model.register_forward_pre_hook(
+        lambda module, given, named: seen.append((named["input_ids"].shape[1], named["past_key_values"].get_seq_length())),
+        with_kwargs=True,
+    )
+    told, began = [], time.perf_counter()
+    speed = measure_speed(loaded, prompt=20, generated=5, runs=2, progress=lambda *step: told.append(step))
+    seconds = time.perf_counter() - began
+    assert seen == [(20, 0), *((1, 20 + done) for done in range(5))] * 3
+    assert (speed.prompt, speed.generated, speed.runs) == (20, 5, 2)
+    assert speed.prefill_rate > 20 / seconds and speed.decode_rate > 5 / seconds
+    assert told == [("measuring speed", done, 3) for done in range(4)]
+
+
+@pytest.mark.parametrize(("prompt", "generated", "expected"), [(500, 10, (54, 10)), (10, 500, (10, 32)), (500, 500, (32, 32))])
+def test_lengths_are_cut_to_the_positions(tiny, prompt, generated, expected):
+    speed = measure_speed(open_checkpoint(tiny()), prompt=prompt, generated=generated, runs=1)
+    assert (speed.prompt, speed.generated) == expected
+
+
+def test_peak_covers_weights_and_their_conversion(tiny):
+    """float32 from bf16: at least its own weights, and not many times as much; less as stored."""
+    checkpoint = open_checkpoint(tiny(dtype="bfloat16", **BIG))
+    weights = 2 * checkpoint.nbytes
+    peaks = {how: measure_speed(checkpoint, how, prompt=16, generated=4, runs=1).peak_bytes for how in ("fp32", "stored", "fp32")}
+    assert weights < peaks["fp32"] < 3 * weights
+    assert weights / 2 < peaks["stored"] < peaks["fp32"]
+
+
+def test_memory_that_was_held_before_does_not_count(tiny):
+    """The same with half a gigabyte more in the process; and with a peak of a gigabyte that is over."""
+    checkpoint = open_checkpoint(tiny(dtype="bfloat16", **BIG))
+    plain = measure_speed(checkpoint, prompt=16, generated=4, runs=1).peak_bytes
+    torch.ones(1 << 28)
+    ballast = torch.ones(1 << 27)
+    weighed = measure_speed(checkpoint, prompt=16, generated=4, runs=1).peak_bytes
+    assert weighed == pytest.approx(plain, abs=checkpoint.nbytes)
+    assert len(ballast) == 1 << 27
+
+
+def test_peak_of_this_process():
+    before = start_peak("cpu")
+    assert held_memory("cpu") == pytest.approx(before, abs=10_000_000)
+    torch.ones(1 << 27)
+    assert peak_memory("cpu") - before == pytest.approx(1 << 29, rel=0.05)
+    assert start_peak("cpu") == pytest.approx(before, abs=30_000_000)
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": 0}, {"generated": 0}, {"runs": 0}])
+def test_refuses(tiny, wrong):
+    with pytest.raises(DowncycleError, match="give numbers from 1"):
+        measure_speed(open_checkpoint(tiny()), **wrong)

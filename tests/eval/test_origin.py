@@ -1,0 +1,66 @@
+"""The layers of the first parent that are left after any chain of cuts, and what role that gives a model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from downcycle import keep_layers, open_checkpoint, write
+from downcycle.eval.origin import origin_of, training_folder
+
+
+def merged(checkpoint, adapter="out", **more):
+    """A checkpoint whose lineage says that an adapter was merged last."""
+    lineage = {"operation": "merge", "parent": checkpoint.name, "revision": None, "adapter": adapter, "adapter_revision": None, **more}
+    return replace(checkpoint, lineage={**lineage, "parent_lineage": checkpoint.lineage} if checkpoint.lineage else lineage)
+
+
+def state(folder, history, step=3):
+    (folder / f"checkpoint-{step}").mkdir(parents=True)
+    (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+
+
+def test_a_model_not_made_here_has_no_origin(make, tmp_path):
+    make(tmp_path / "m")
+    origin = origin_of(open_checkpoint(tmp_path / "m"))
+    assert (origin.role, origin.steps, origin.kept, origin.depth, origin.root) == ("parent", (), None, None, None)
+
+
+@pytest.mark.parametrize("first", [[0, 1, 2, 5], [5, 4, 4, 0, 1]])
+@pytest.mark.parametrize("second", [[0, 3], [3, 2, 2]])
+def test_cuts_of_cuts_are_traced_to_the_first_parent(make, tmp_path, first, second):
+    make(tmp_path / "m", layers=6)
+    parent = open_checkpoint(tmp_path / "m")
+    child = open_checkpoint(write(keep_layers(keep_layers(parent, first), second), tmp_path / "c"))
+    origin = origin_of(child)
+    assert origin.kept == tuple(first[layer] for layer in second)
+    for new, old in enumerate(origin.kept):  # the oracle: the bytes themselves
+        ours, theirs = (one.tensors[f"model.layers.{layer}.mlp.up_proj.weight"].data.read() for one, layer in ((child, new), (parent, old)))
+        assert ours == theirs
+    assert (origin.depth, origin.role, origin.root) == (6, "cut", str(tmp_path / "m"))
+    assert [step.layers for step in origin.steps] == [tuple(first), tuple(second)]
+
+
+def test_what_was_merged_is_healed_whatever_came_after(make, tmp_path):
+    make(tmp_path / "m", layers=6)
+    parent = open_checkpoint(tmp_path / "m")
+    assert origin_of(merged(parent)).role == "healed"
+    healed = merged(keep_layers(parent, [0, 2, 4]))
+    again = keep_layers(healed, [0, 2])
+    assert origin_of(healed).kept == (0, 2, 4)
+    assert (origin_of(again).kept, origin_of(again).depth, origin_of(again).role) == ((0, 4), 6, "healed")
+    assert [step.operation for step in origin_of(again).steps] == ["cut", "merge", "cut"]
+
+
+def test_the_training_is_that_of_the_last_adapter_still_here_or_of_the_folder_itself(make, tmp_path):
+    make(tmp_path / "m")
+    model = open_checkpoint(tmp_path / "m")
+    assert training_folder(model, tmp_path / "m") is None
+    state(tmp_path / "m", [])
+    assert training_folder(model, tmp_path / "m") == tmp_path / "m"
+    state(tmp_path / "old", [])
+    healed = merged(merged(model, str(tmp_path / "old")), str(tmp_path / "new"))
+    assert training_folder(healed, tmp_path / "m") == tmp_path / "old"
+    state(tmp_path / "new", [])
+    assert training_folder(healed, tmp_path / "m") == tmp_path / "new"
+    assert training_folder(merged(model, str(tmp_path / "new"), adapter_revision="abc")) is None  # a Hub id, not a folder
