@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .eval import commands as eval_commands
+from .eval.card.card import card_files
 from .recipes import commands as recipe_commands
 from .recipes.commands import RECIPE
 from .recipes.memory import format_gib, memory_table, model_size
@@ -102,6 +103,7 @@ def cut(
     target = child_name(parent, child) if out is None else out
     if recipe != "none":
         child = _add_recipe(context, child, target, recipe)
+    child = _add_card(child, target)
     plan = plan_write(child, size := parse_count(max_shard_size, "--max-shard-size"))
     summary = _summary(parent, child, kept, plan, target)
     try:
@@ -183,7 +185,7 @@ def merge(
     from .surgery.adapter.merge import merge_adapter
 
     model = open_checkpoint(base, revision, trust_remote_code=trust_remote_code)
-    merged = merge_adapter(model, adapter)
+    merged = _add_card(merge_adapter(model, adapter), out)
     plan = plan_write(merged, size := parse_count(max_shard_size, "--max-shard-size"))
     changed = sum(merged.tensors[name] is not tensor for name, tensor in model.tensors.items())
     with progress_bar("merging", plan.write_bytes, as_json) as advance, say_staging(out):
@@ -200,6 +202,8 @@ def merge(
 app.command()(recipe_commands.recipe)
 app.command()(recipe_commands.data)
 app.command("eval")(eval_commands.eval_models)
+app.command()(eval_commands.card)
+app.command()(eval_commands.push)
 app.command()(eval_commands.demo)
 
 
@@ -226,6 +230,15 @@ def _add_recipe(context: typer.Context, child: Checkpoint, target: str, preset: 
         typer.echo(f"no recipe: {printable(str(error))}", err=True)
         return child
     return replace(child, files={**child.files, RECIPE: text.encode()})
+
+
+def _add_card(model: Checkpoint, target: str) -> Checkpoint:
+    """Put a model card into a model that is about to be written; where there can be none, say why."""
+    try:
+        return replace(model, files={**model.files, **card_files(model, target)})
+    except DowncycleError as error:
+        typer.echo(f"no model card: {printable(str(error))}", err=True)
+        return model
 
 
 def main() -> None:

@@ -7,12 +7,16 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..terminal import Json, Trust, parse_count, print_json, stage_bar
-from .results import results_json
+from ..recipes.commands import RECIPE
+from ..terminal import Json, Trust, format_bytes, parse_count, print_json, printable, progress_bar, stage_bar
+from .results import RESULTS, read_results, results_json
+
+if TYPE_CHECKING:
+    from .publish.files import PushPlan
 
 
 def demo(
@@ -55,8 +59,11 @@ def eval_models(
     """Measure models side by side: perplexity, benchmarks, speed and size. What was measured before is not measured again."""
     _hush()
     from .evaluate import evaluate
+    from .report.page import check_folder, write_report
     from .report.table import print_table
 
+    if report is not None:
+        check_folder(report)
     count = None if limit is None else parse_count(limit, "--limit")
     with stage_bar(as_json) as say:
         results = evaluate(
@@ -73,8 +80,6 @@ def eval_models(
             progress=say,
         )
     if report is not None:
-        from .report.page import write_report
-
         write_report(results, report)
     if as_json:
         typer.echo(results_json(results), nl=False)
@@ -82,6 +87,82 @@ def eval_models(
     print_table(results)
     if report is not None:
         typer.echo(report / "report.html")
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that holds a model or an adapter.")],
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A report of `downcycle eval` [default: the last one that this model was in].")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Name on the Hub [default: the folder's].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model card, README.md, with everything that is known; what a person wrote in it stays."""
+    from .card.card import known_results, write_card
+
+    source = (report or folder) / RESULTS
+    results = read_results(source) if report is not None else known_results(folder)
+    written = write_card(folder, results, name=name, source=source)
+    if as_json:
+        print_json({**asdict(written), "path": str(written.path)})
+        return
+    for line in [f"kept as it was written by hand: {section}" for section in written.kept_by_hand] + written.missing:
+        typer.echo(printable(line), err=True)
+    typer.echo(written.path)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that holds a model or an adapter.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repo, which is made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repo private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list what would be sent, and send nothing.")] = False,
+    include_recipe: Annotated[bool, typer.Option("--include-recipe", help=f"Send the {RECIPE} that healed it too.")] = False,
+    src: Annotated[str | None, typer.Option(metavar="SRC", help="What it was made from [default: as downcycle.json says].")] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="ADAPTER", help="What was merged [default: as downcycle.json says].")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to commit to [default: main].")] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a folder on the Hub: what does not verify, holds secrets or breaks its licence's naming is refused."""
+    from .publish.files import plan_push
+    from .publish.push import push as push_plan
+
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with progress_bar("verifying", weights, as_json) as advance:
+        plan = plan_push(
+            folder,
+            repo,
+            include_recipe=include_recipe,
+            src=src,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+            progress=advance,
+        )
+    planned = {"files": dict(plan.files), "left_out": dict(plan.left_out), "bytes": plan.bytes, "proof": plan.proof, "notes": plan.notes}
+    if not as_json:
+        _print_plan(plan, dry_run)
+    if dry_run:
+        if as_json:
+            print_json({"repo": repo, **planned, "pushed": None})
+        return
+    pushed = push_plan(plan, private=private, revision=revision, quiet=as_json, say=lambda text: typer.echo(text, err=True))
+    if as_json:
+        print_json({"repo": repo, **planned, "pushed": asdict(pushed)})
+        return
+    sent = f"{pushed.new_files} new files, {format_bytes(pushed.new_bytes)}" if pushed.new_files else "all there already, nothing sent"
+    typer.echo(f"{sent}; what the Hub lists is equal to the folder: {pushed.files} files, {format_bytes(pushed.bytes)}", err=True)
+    typer.echo(pushed.url)
+
+
+def _print_plan(plan: PushPlan, dry_run: bool) -> None:
+    """List what goes and what stays: on stdout where that is the answer."""
+    lines = [f"{plan.repo}: {plan.proof}"]
+    lines += [f"  {path}  {format_bytes(size)}" for path, size in plan.files.items()]
+    lines += [f"  left out: {path}: {why}" for path, why in plan.left_out.items()]
+    lines += [f"note: {note}" for note in plan.notes]
+    lines.append(f"{'would send' if dry_run else 'sending'} {len(plan.files)} files, {format_bytes(plan.bytes)}")
+    for line in lines:
+        typer.echo(printable(line), err=not dry_run)
 
 
 def _hush() -> None:

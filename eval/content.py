@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..surgery.checkpoint import Checkpoint, Span, Tensor, file_bytes
+from ..surgery.filenames import LEGAL
 from ..surgery.sources import CHUNK
-
-LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")  # belong to a model and change nothing that it computes
 
 
 def cache_folder() -> Path:
@@ -35,7 +34,7 @@ def content_digest(checkpoint: Checkpoint, progress: Callable[[int], None] = lam
     files = _Files(progress)
     digest = sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
     for path, data in sorted(checkpoint.files.items()):
-        if not path.startswith(LEGAL):
+        if not path.startswith(LEGAL):  # they change nothing that it computes
             digest.update(f"{path}\n{sha256(file_bytes(data)).hexdigest()}\n".encode())
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(repr((name, tensor.dtype, tensor.shape, _bytes_of(tensor, files))).encode())

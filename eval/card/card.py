@@ -14,6 +14,7 @@ from typing import Any
 
 from ...surgery.checkpoint import Checkpoint, open_checkpoint
 from ...surgery.errors import DowncycleError
+from ..cache import latest_results
 from ..content import content_digest
 from ..results import RESULTS, Results, find_model
 from . import sections, training_text
@@ -128,6 +129,13 @@ def write_card(folder: Path, results: Results | None = None, *, name: str | None
     return CardWritten(path, kept, _missing(facts), pictures, bool(wanted))
 
 
+def known_results(folder: Path) -> Results | None:
+    """Return the last comparison that a folder's model was in, as it is now; None for an adapter, or where it was never measured."""
+    if is_adapter(folder):
+        return None
+    return latest_results(content_digest(open_checkpoint(folder, trust_remote_code=True)))
+
+
 def card_files(child: Checkpoint, target: str) -> dict[str, bytes]:
     """Return what is written beside a model that is about to be: README.md, and NOTICE where its licence asks for one.
 
@@ -141,11 +149,6 @@ def card_files(child: Checkpoint, target: str) -> dict[str, bytes]:
     text, _ = _write(facts, _read_existing(""), check=False)
     wanted = notice_for(facts)
     return {README: text.encode()} | ({NOTICE: wanted.encode()} if wanted else {})
-
-
-def card_for_cut(child: Checkpoint, target: str) -> bytes:
-    """Return the README.md of a model that is about to be written into the folder `target`."""
-    return card_files(child, target)[README]
 
 
 def notice_for(facts: Facts) -> str | None:

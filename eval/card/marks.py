@@ -35,7 +35,7 @@ class Spliced:
 
 def wrap(name: str, text: str) -> str:
     """Put a section between its marks; it holds no comment of its own, which could be taken for one."""
-    body = text.strip("\n")
+    body = text.strip("\n").replace("<!--", "&lt;!--")
     return f"<!-- downcycle:{name} {_digest(body)} -->\n{body}\n<!-- /downcycle:{name} -->"
 
 

@@ -12,7 +12,6 @@ import tempfile
 import weakref
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...recipes.dataset.tokenizer import load_files

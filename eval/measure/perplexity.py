@@ -239,4 +239,3 @@ def clustered_error(mean: float, sums: Sequence[float], counts: Sequence[int]) -
     """
     squares = math.fsum((part - count * mean) ** 2 for part, count in zip(sums, counts, strict=True))
     return math.sqrt(len(sums) / (len(sums) - 1) * squares) / sum(counts)
-

@@ -74,7 +74,9 @@ def _documents(text: str | None) -> Iterable[str]:
 
 def _folder(folder: Path) -> Iterator[str]:
     """Read the files of a folder in the order of their names, all of one kind: tables where there are any, else texts."""
-    visible = [path for path in sorted(folder.rglob("*")) if path.is_file() and not any(p[0] == "." for p in path.relative_to(folder).parts)]
+    visible = [
+        path for path in sorted(folder.rglob("*")) if path.is_file() and not any(p[0] == "." for p in path.relative_to(folder).parts)
+    ]
     if (folder / REPORT).is_file():
         parquet = [path for path in visible if path.suffix == ".parquet"]
         held_out = [path for path in parquet if path.name.startswith("test-")]
@@ -188,5 +190,7 @@ def _clean(text: str, name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DowncycleError(f"{name}: a document holds half a surrogate pair ({text[error.start]!r}), which is no text; mend it") from error
+        raise DowncycleError(
+            f"{name}: a document holds half a surrogate pair ({text[error.start]!r}), which is no text; mend it"
+        ) from error
     return text

@@ -99,9 +99,8 @@ def push(
                 if isinstance(fault, DowncycleError):
                     raise DowncycleError(str(fault))
                 asked = asked_wait(fault)
-                patience.wait(
-                    fault, _once(say, f"waiting {asked:.0f} s, as the Hub asks" if asked else "the upload broke off; trying again")
-                )
+                why = f"waiting {asked:.0f} s, as the Hub asks" if asked else "the upload broke off; trying again"
+                patience.wait(fault, _once(say, why))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted; {AGAIN}") from None
 

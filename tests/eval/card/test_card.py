@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, verify, write
-from downcycle.eval.card.card import card_files, card_for_cut, make_card, write_card
+from downcycle.eval.card.card import card_files, make_card, write_card
 from downcycle.eval.content import content_digest
 from downcycle.eval.results import ModelResult, Perplexity, Results, Score, Speed
 from downcycle.surgery.choose import even, tail
@@ -22,7 +22,7 @@ META_NOTICE = "Meta Llama 3 is licensed under the Meta Llama 3 Community License
 def test_a_cut_of_the_built_in_model(home, read):
     parent = open_checkpoint("demo")
     child = keep_layers(parent, tail(12, 9), "tail")
-    planned = card_for_cut(child, "out/demo-2.8M").decode()
+    planned = card_files(child, "out/demo-2.8M")["README.md"].decode()
     folder = write(replace(child, files={**child.files, "README.md": planned.encode()}), home / "demo-2.8M")
     assert verify(folder).files == len(child.files) + 1
     card = read(folder)
@@ -436,7 +436,7 @@ def test_the_same_input_gives_the_same_bytes(healed, results, home):
     write_card(healed, results)
     assert (healed / "README.md").read_bytes() == first
     child = keep_layers(open_checkpoint("demo"), even(12, 6), "even")
-    assert card_for_cut(child, "x") == card_for_cut(child, "elsewhere/x")
+    assert card_files(child, "x") == card_files(child, "elsewhere/x")
 
 
 def test_names_that_are_no_plain_words_do_not_break_the_card(parent, read):

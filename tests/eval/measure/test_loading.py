@@ -76,7 +76,7 @@ def test_a_quantised_checkpoint_is_loaded_as_it_is(tiny, tmp_path, copy, how):
     pytest.importorskip("bitsandbytes")
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**{"load_in_8bit": True} if how == "int8" else nf4)
-    folder = copy(tiny(dtype="bfloat16"))
+    folder = copy(tiny(dtype="bfloat16", hidden_size=64, intermediate_size=128))
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.bfloat16).save_pretrained(folder)
     checkpoint = open_checkpoint(folder)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -213,7 +213,7 @@ with torch.inference_mode():
     for layer in loaded.model.model.layers:
         layer.register_forward_hook(lambda *given: globals().update(most=max(most, anonymous())))
     logits = loaded.model(torch.arange(100, 150)[None], use_cache=False).logits.float()
-print(most - before, loaded.model.dtype, flush=True)
+print(most - before, loaded.model.dtype, len(list(loading.cache_folder().glob("offload-*/*"))) > 0, flush=True)
 torch.save(logits, sys.argv[4])
 """
 
@@ -223,7 +223,7 @@ torch.save(logits, sys.argv[4])
 def test_offload_keeps_memory_small(tiny, tmp_path, config, how):
     """With less memory than weights: mapped where their bytes are used as they are, from a copy on the disk where they are converted."""
     experts = {"num_local_experts": 4} if config == "MixtralConfig" else {}
-    sizes = {"hidden_size": 256, "intermediate_size": 512 if experts else 2048, "num_hidden_layers": 12, "vocab_size": 4096}
+    sizes = {"hidden_size": 256, "intermediate_size": 512 if experts else 3072, "num_hidden_layers": 28 if experts else 12}
     folder = tiny(config, dtype="bfloat16", **sizes, **experts)
     checkpoint = open_checkpoint(folder)
     size = checkpoint.nbytes * (2 if how == "fp32" else 1)
@@ -232,21 +232,13 @@ def test_offload_keeps_memory_small(tiny, tmp_path, config, how):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "100000"}
     run = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    used, dtype = run.stdout.split()
-    assert int(used) < size * 0.6
+    used, dtype, on_disk = run.stdout.split()
+    assert on_disk == str(how == "fp32" or bool(experts))
+    assert int(used) < size * 0.6, f'{size:,}'
     assert dtype == ("torch.float32" if how == "fp32" else "torch.bfloat16")
     expected = load_model(checkpoint, dtype=getattr(torch, dtype.removeprefix("torch.")))
     assert torch.allclose(torch.load(tmp_path / "logits"), logits(expected), rtol=1e-5, atol=1e-4)
     assert not list((tmp_path / "downcycle-cache").glob("offload-*"))
-
-
-def test_an_offloaded_model_leaves_no_folder(tiny):
-    """Its weights lie in the cache folder while it lives."""
-    checkpoint = open_checkpoint(tiny())
-    options = offload_options("cpu") | {"max_memory": {"cpu": checkpoint.nbytes // 2}}
-    found = load_model(checkpoint, dtype=torch.float32, **options)
-    assert "disk" in found.hf_device_map.values()
-    assert torch.allclose(logits(found), logits(load_model(checkpoint)))
 
 
 @pytest.fixture
@@ -265,13 +257,14 @@ def test_from_the_hub(tiny, copy, hub):
     folder = copy(tiny())
     (folder / "README.md").write_text("much to read")
     (folder / "optimizer.pt").write_bytes(b"0" * 1000)
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="120KB")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="60KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(shards) > 3
     commit = hub.add("ann/tiny", folder)
     child = keep_layers(open_checkpoint("ann/tiny"), [0, 1])
     needed = {tensor.data.path for tensor in child.tensors.values()}
+    assert needed < set(shards)
     found = logits(load(child, device="cpu").model)
     assert torch.equal(found, logits(load_model(keep_layers(open_checkpoint(folder), [0, 1]))))
     whole = [request for request in hub.asked() if request.method == "GET" and not request.range and "/resolve/" in request.path]

@@ -1,5 +1,7 @@
 """Rates are those of runs that really happened, of the lengths that are stated, and the peak covers the weights."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -37,24 +39,30 @@ def test_lengths_are_cut_to_the_positions(tiny, prompt, generated, expected):
     assert (speed.prompt, speed.generated) == expected
 
 
-def test_peak_covers_weights_and_their_conversion(tiny):
-    """float32 from bf16: at least its own weights, and not many times as much; less as stored."""
-    checkpoint = open_checkpoint(tiny(dtype="bfloat16", **BIG))
-    weights = 2 * checkpoint.nbytes
-    peaks = {how: measure_speed(checkpoint, how, prompt=16, generated=4, runs=1).peak_bytes for how in ("fp32", "stored", "fp32")}
-    assert weights < peaks["fp32"] < 3 * weights
-    assert weights / 2 < peaks["stored"] < peaks["fp32"]
+PEAKS = """
+import sys
+import torch
+from downcycle import open_checkpoint
+from downcycle.eval.measure.speed import measure_speed
+measure_speed(open_checkpoint("demo"), runs=1)  # brings the libraries in
+for how in ("stored", "fp32"):
+    print(measure_speed(open_checkpoint(sys.argv[1]), how, prompt=16, generated=4, runs=1).peak_bytes)
+torch.ones(1 << 28)
+ballast = torch.ones(1 << 27)
+print(measure_speed(open_checkpoint(sys.argv[1]), "fp32", prompt=16, generated=4, runs=1).peak_bytes)
+"""
 
 
-def test_memory_that_was_held_before_does_not_count(tiny):
-    """The same with half a gigabyte more in the process; and with a peak of a gigabyte that is over."""
-    checkpoint = open_checkpoint(tiny(dtype="bfloat16", **BIG))
-    plain = measure_speed(checkpoint, prompt=16, generated=4, runs=1).peak_bytes
-    torch.ones(1 << 28)
-    ballast = torch.ones(1 << 27)
-    weighed = measure_speed(checkpoint, prompt=16, generated=4, runs=1).peak_bytes
-    assert weighed == pytest.approx(plain, abs=checkpoint.nbytes)
-    assert len(ballast) == 1 << 27
+def test_peak(tiny):
+    """At least the weights that are used, and not many times as much; what was held before, or is over, does not count."""
+    folder = tiny(dtype="bfloat16", **BIG)
+    run = subprocess.run([sys.executable, "-c", PEAKS, folder], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    stored, fp32, weighed = map(int, run.stdout.split())
+    used = open_checkpoint(folder).nbytes - 2 * 4096 * 512  # of the mapped embeddings a few rows are looked at
+    assert used < stored < 1.5 * used
+    assert 2 * used < fp32 < 4 * used
+    assert weighed == pytest.approx(fp32, rel=0.25)
 
 
 def test_peak_of_this_process():

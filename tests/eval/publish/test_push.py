@@ -1,9 +1,11 @@
 """What arrives at the Hub is byte for byte what lies in the folder, in one commit, through every fault; or one line says why not."""
 
 import json
+import sys
 from hashlib import sha256
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from downcycle.eval.publish.faults import ATTEMPTS
 from downcycle.eval.publish.files import plan_push
