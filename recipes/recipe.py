@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..surgery.checkpoint import Checkpoint
 from ..surgery.errors import DowncycleError
+from ..surgery.naming import folder_name
 from .machine import Fit, Machine, check_machine, fit, parallel_settings
 from .memory import ModelSize, model_size
 from .model_keys import pad_token, tail_parameters, unfit_keys
@@ -97,7 +97,7 @@ def make_recipe(
 
 
 def _model_settings(model: Checkpoint, base_model: str, preset: str, chosen: Preset) -> dict[str, Setting]:
-    name = (Path(base_model).name or Path(base_model).resolve().name).lower()
+    name = folder_name(base_model).lower()
     outputs = {"qlora": name, "llama-3-6b": f"{name}-published"}.get(preset, f"{name}-{preset}")
     settings = {"base_model": Setting(base_model), "output_dir": Setting(f"outputs/{outputs}")}
     if "streaming" not in chosen.settings:

@@ -18,10 +18,7 @@ def child_name(parent: Checkpoint, child: Checkpoint) -> str:
     weights, "8x7B").
     A name that begins with "Meta-Llama" begins with "Llama" in the child, as the Llama licence asks of derived models.
     """
-    name = Path(parent.name).name
-    if name in ("", ".."):
-        name = Path(parent.name).resolve().name
-    name = re.sub(r"^Meta-(?=Llama)", "", name)
+    name = re.sub(r"^Meta-(?=Llama)", "", folder_name(parent.name))
     match = SIZE.search(name)
     if not match:
         return f"{name}-{child.num_layers}L"
@@ -30,6 +27,12 @@ def child_name(parent: Checkpoint, child: Checkpoint) -> str:
     size = child.num_elements if plain else stated * child.num_elements / parent.num_elements
     renamed = name[: match.start()] + format_size(size, upper=match[2].isupper()) + name[match.end() :]
     return renamed if renamed != name else f"{name}-{child.num_layers}L"
+
+
+def folder_name(path: str) -> str:
+    """Return the last part of a folder's path or of a Hub id, also where it is spelt `.` or `..`."""
+    name = Path(path).name
+    return name if name not in ("", "..") else Path(path).expanduser().resolve().name
 
 
 def format_size(count: float, upper: bool = True) -> str:

@@ -16,6 +16,7 @@ from downcycle.surgery.sources import LocalFolder
 from downcycle.terminal import parse_count
 
 SMALL = [
+    "README.md",
     "axolotl.yaml",
     "chat_template.jinja",
     "config.json",

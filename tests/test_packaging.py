@@ -42,7 +42,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
     sources = {path for path in tracked("*.py") if not path.startswith("tests/")}
-    data = tracked("axolotl_configs/*", "recipes/validation/axolotl_keys.json", "recipes/demo/*")
+    data = tracked(
+        "axolotl_configs/*", "recipes/validation/axolotl_keys.json", "recipes/demo/*", "eval/report/page.html", "eval/benchmarks/*.yaml"
+    )
     assert found == {f"downcycle/{path}" for path in sources | data}
 
 
@@ -55,6 +57,7 @@ def test_wheel_cuts_the_built_in_model_without_torch(wheel, tmp_path):
     cut = subprocess.run([downcycle, "--src", "demo", "--keep", "9"], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert cut.stdout == "demo-9L\n"
     assert sorted(path.name for path in (tmp_path / "demo-9L").iterdir()) == [
+        "README.md",
         "axolotl.yaml",
         "chat_template.jinja",
         "config.json",

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...surgery.checkpoint import Checkpoint, open_checkpoint
 from ...surgery.errors import DowncycleError
+from ...surgery.naming import folder_name
 from ..cache import latest_results
 from ..content import content_digest
 from ..results import RESULTS, Results, find_model
@@ -144,11 +145,10 @@ def card_files(child: Checkpoint, target: str) -> dict[str, bytes]:
     Raises:
         DowncycleError: says why there can be no card.
     """
-    name = Path(os.path.abspath(target)).name
-    facts = gather(child, name, None, {})
+    facts = gather(child, folder_name(target), None, {})
     text, _ = _write(facts, _read_existing(""), check=False)
     wanted = notice_for(facts)
-    return {README: text.encode()} | ({NOTICE: wanted.encode()} if wanted else {})
+    return {README: _encode(text)} | ({NOTICE: wanted.encode()} if wanted else {})
 
 
 def notice_for(facts: Facts) -> str | None:
@@ -225,11 +225,15 @@ def _validate(content: str, path: Path) -> None:
         ) from error
 
 
+def _encode(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")  # names of folders can be any bytes
+
+
 def _replace(path: Path, text: str) -> None:
     """Write a file whole, or not at all; through a link, its own folder is written and not what it leads to."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        staged.write_bytes(text.encode())
+        staged.write_bytes(_encode(text))
         staged.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -111,4 +111,4 @@ def _insert(text: str, section: str, name: str, order: Sequence[str]) -> str:
 
 def _digest(text: str) -> str:
     """Digest a text; white space at the ends of lines does not count, as editors take it away."""
-    return sha256("\n".join(line.rstrip() for line in text.strip().splitlines()).encode()).hexdigest()[:16]
+    return sha256("\n".join(line.rstrip() for line in text.strip().splitlines()).encode(errors="backslashreplace")).hexdigest()[:16]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
+
+from ...surgery.naming import folder_name
 
 SECRET = "REDACTED"
 NOTE = "# Written for publication: paths are shortened to their names, secrets and accounts are taken out."
@@ -27,8 +29,7 @@ _PATH = re.compile(r"(?<![\w/.~$<>)\[{|-])(?:file://)?(?:~?/(?!/)|[A-Za-z]:\\)[^
 
 def name_of(path: str) -> str:
     """Return the last part of a path; a single folder's own name where it is `.`, and nothing of the rest."""
-    name = PurePosixPath(path.replace("\\", "/")).name
-    return name if name not in ("", ".", "..") else Path(path).expanduser().resolve().name
+    return folder_name(path.replace("\\", "/"))
 
 
 def is_path(text: str) -> bool:
