@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from .eval import commands as eval_commands
-from .eval.card.card import card_files
 from .recipes import commands as recipe_commands
 from .recipes.commands import RECIPE
 from .recipes.memory import format_gib, memory_table, model_size
@@ -234,6 +233,8 @@ def _add_recipe(context: typer.Context, child: Checkpoint, target: str, preset: 
 
 def _add_card(model: Checkpoint, target: str) -> Checkpoint:
     """Put a model card into a model that is about to be written; where there can be none, say why."""
+    from .eval.card.card import card_files
+
     try:
         return replace(model, files={**model.files, **card_files(model, target)})
     except DowncycleError as error:

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..recipes.demo.corpus import read_text
 from ..recipes.training import Progress, Step, losses, train
@@ -19,13 +18,10 @@ from ..surgery.checkpoint import DEMO, DEMO_FOLDER, Checkpoint, open_checkpoint
 from ..surgery.choose import first
 from ..surgery.errors import DowncycleError
 from ..surgery.layers import keep_layers
-from ..surgery.model import load_model
 from ..surgery.staging import target_path
 from ..surgery.verify import verify
 from ..surgery.write import write
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .measure.perplexity import perplexity
 
 RESULT = "losses.json"
 KEEP = 9  # of 12 layers
@@ -82,15 +78,14 @@ def run_demo(out: str | Path, *, steps: int = STEPS, progress: Progress = lambda
     child = open_checkpoint(write(keep_layers(parent, first(parent.num_layers, KEEP)), out / "child"))
     verify(out / "child")
     progress(Step("loading torch"))
-    windows = _held_out_windows()
-    parent_loss = _loss(parent, windows, Step("measuring the parent"), progress)
-    cut_loss = _loss(child, windows, Step("measuring the cut"), progress)
+    parent_loss = _loss(parent, "the parent", progress)
+    cut_loss = _loss(child, "the cut", progress)
     recipe = _write_recipe(child, out, steps)
     adapter = train(recipe, progress=progress)
     progress(Step("merging"))
     healed = open_checkpoint(write(merge_adapter(child, adapter), out / "healed"))
     verify(out / "healed")
-    healed_loss = _loss(healed, windows, Step("measuring the healed model"), progress)
+    healed_loss = _loss(healed, "the healed model", progress)
     result = DemoResult(
         parent_loss=parent_loss,
         cut_loss=cut_loss,
@@ -182,26 +177,9 @@ def _write_recipe(child: Checkpoint, out: Path, steps: int) -> Path:
     return path
 
 
-def _held_out_windows() -> Tensor:
-    """Token ids [rows, WINDOW + 1] of the built-in held-out text."""
-    from transformers import AutoTokenizer
-
-    from ..recipes.demo.pretrain import token_stream, windows_of
-
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
-    return windows_of(token_stream(tokenizer, read_text(DEMO_FOLDER.parent / "held_out.txt")), WINDOW)
-
-
-def _loss(checkpoint: Checkpoint, windows: Tensor, stage: Step, progress: Progress) -> float:
-    """Mean cross entropy of a model in bf16, in nats per token of windows [rows, tokens + 1]."""
-    import torch
-
-    from ..recipes.demo.pretrain import mean_loss
-
+def _loss(checkpoint: Checkpoint, what: str, progress: Progress) -> float:
+    """Mean cross entropy of a model in nats per token of the built-in held-out text, in windows as long as those of the training."""
+    stage = Step(f"measuring {what}")
     progress(stage)
-    model = load_model(checkpoint, dtype=torch.bfloat16)
-    total = 0.0
-    for rows in windows.split(24):
-        total += mean_loss(model, rows) * len(rows)
-        progress(stage)
-    return total / len(windows)
+    measured = perplexity(checkpoint, length=WINDOW, stride=WINDOW, progress=lambda what, done, total: progress(stage))
+    return measured.loss

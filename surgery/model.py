@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ TORCH_DTYPES = {
     **{"BF16": "bfloat16", "BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
     **{"F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2"},
 }
+# MAP_NORESERVE, which Python names from 3.13 on: without it Linux refuses to map a file that is larger than its memory.
+UNRESERVED = 0x4000 if sys.platform == "linux" else 0
 
 if TYPE_CHECKING:
     import torch
@@ -88,5 +91,6 @@ def _map_file(path: Path, maps: dict[Path, torch.Tensor]) -> torch.Tensor:
 
     if path not in maps:
         with open(path, "rb") as file:
-            maps[path] = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+            flags = mmap.MAP_PRIVATE | UNRESERVED
+            maps[path] = torch.frombuffer(mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE), dtype=torch.uint8)
     return maps[path]

@@ -32,7 +32,7 @@ class LanguageModel(HFLM):
         self._device = loaded.device  # a model's own says where its first weight lies, which can be nowhere yet
         self.checkpoint, self.responses, self.told = loaded.checkpoint, responses, told
         self.done = self.total = 0
-        self.checked = False
+        self.checked, self.longest = False, self.max_length
         self.set_cache_hook(self)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -45,6 +45,10 @@ class LanguageModel(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes after each context, up to a stop."""
+        lengths = (
+            len(self.tok_encode(text)) + int(given.get("max_gen_toks", self.max_gen_toks)) for text, given in (r.args for r in requests)
+        )
+        self.longest = min(self.max_length, max(lengths, default=self.max_length))
         return self._answer("generate_until", requests, super().generate_until)
 
     def add_partial(self, kind: str, arguments: Iterable[Any], answer: Any) -> None:
@@ -69,6 +73,16 @@ class LanguageModel(HFLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """Try no longer texts than there are: lm-eval would try the model's whole window, and of a long one find that one text fits."""
+        if requests:
+            return int(super()._detect_batch_size(requests, pos))
+        self._max_length, window = self.longest, self._max_length
+        try:
+            return int(super()._detect_batch_size())
+        finally:
+            self._max_length = window
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Return logits [batch, tokens, vocabulary]; a sum finds any that is NaN in one pass."""

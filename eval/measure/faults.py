@@ -1,4 +1,4 @@
-"""Say where in a model the first number that is not finite arises. Runs a batch again, with hooks; nothing here is used while all is well."""
+"""Say where in a model the first number that is not finite arises. Runs a batch again, with hooks; unused while all is well."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 LOADS = ("stored", "bf16", "fp32", "int8", "nf4")
 BY_BITSANDBYTES = ("int8", "nf4")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-WORKING = 0.5 * GIB  # activations and logits of one batch, and what the libraries take
+WORKING = 0.5 * GIB  # activations of a batch, and what the libraries take
+LENGTH = 2048  # tokens that are read at once, where a model has so many positions
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
 
 
@@ -70,21 +71,17 @@ def load(
     fits = check_memory(checkpoint, how, place, offload)
     fetch(checkpoint)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
-    options = _options(checkpoint, how, trust_remote_code)
+    options = _options(checkpoint, how, place, trust_remote_code)
     if fits:
         options |= {"device_map": {"": place}} if place != "cpu" else {}
     elif place != "cpu" or not runs_from_file(checkpoint, how):
         options |= offload_options(place)
     held = start_peak(place)
-    try:
-        model = load_model(checkpoint, **options)
-    except (OSError, RuntimeError, ValueError, ImportError, KeyError, AttributeError) as error:
-        raise DowncycleError(f"{checkpoint.name}: transformers cannot load it as {how}: {_said(error)}") from error
-    if folder := options.get("offload_folder"):
-        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    model = _load(checkpoint, how, options)
+    peak = peak_memory(place) - held
     import torch
 
-    return Loaded(model, tokenizer, torch.device(place), how, checkpoint, held, peak_memory(place) - held)
+    return Loaded(model, tokenizer, torch.device(place), how, checkpoint, held, peak)
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -120,6 +117,11 @@ def positions(config: Any) -> int | None:
     return next((value for name in POSITIONS if type(value := getattr(text, name, None)) is int and value > 0), None)
 
 
+def vocabulary(model: Any) -> int:
+    """How many tokens a model has embeddings for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def fetch(checkpoint: Checkpoint) -> None:
     """Put the files of a Hub repo that a checkpoint uses into the local Hub cache, from where they are read from then on."""
     from ...surgery.hub import HubRepo
@@ -136,9 +138,10 @@ def fetch(checkpoint: Checkpoint) -> None:
 
 
 def needed_bytes(checkpoint: Checkpoint, how: str) -> float:
-    """About what a model takes to run a batch, in bytes: its weights, what an allocator cannot use, and room to work."""
-    weights = checkpoint.nbytes if how == "stored" else weight_bytes(model_size(checkpoint), how)
-    return weights * FRAGMENTED + WORKING
+    """About what a model takes to read a window, in bytes: its weights, what an allocator cannot use, logits (bf16, float32), and more."""
+    size = model_size(checkpoint)
+    weights = checkpoint.nbytes if how == "stored" else weight_bytes(size, how)
+    return weights * FRAGMENTED + 6 * LENGTH * size.vocab + WORKING
 
 
 def check_memory(checkpoint: Checkpoint, how: str, device: str, offload: bool) -> bool:
@@ -226,7 +229,7 @@ def _quantiser(checkpoint: Checkpoint) -> str:
     return ""
 
 
-def _options(checkpoint: Checkpoint, how: str, trust_remote_code: bool) -> dict[str, Any]:
+def _options(checkpoint: Checkpoint, how: str, device: str, trust_remote_code: bool) -> dict[str, Any]:
     """Options of `from_pretrained`."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -245,12 +248,23 @@ def _options(checkpoint: Checkpoint, how: str, trust_remote_code: bool) -> dict[
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    if _quantiser(checkpoint) == "bitnet" and not torch.cuda.is_available():
+    if _quantiser(checkpoint) == "bitnet" and device == "cpu":
         torch.compiler.set_stance("force_eager")  # its unpacking is compiled, which needs a C++ compiler and is slower on a CPU
     if checkpoint.config.get("auto_map") and not is_native(checkpoint.config):
         options["trust_remote_code"] = trust_remote_code
     return options
 
 
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _load(checkpoint: Checkpoint, how: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a model; what was put on the disk for it goes with it."""
+    folder = options.get("offload_folder")
+    try:
+        model = load_model(checkpoint, **options)
+    except (OSError, RuntimeError, ValueError, ImportError, KeyError, AttributeError) as error:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DowncycleError(f"{checkpoint.name}: transformers cannot load it as {how}: {said}") from error
+    if folder:
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    return model

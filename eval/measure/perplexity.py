@@ -13,7 +13,8 @@ from ...surgery.checkpoint import Checkpoint
 from ...surgery.errors import DowncycleError
 from ..results import Perplexity
 from .faults import locate_fault
-from .loading import Loaded, load, positions
+from .loading import LENGTH, Loaded, load, positions, vocabulary
+from .memory import free_memory
 from .text import Documents, read_documents
 from .windows import Passage, Window, to_passages, to_windows
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-LENGTH = 2048  # tokens of a window, where the model has so many positions
 TOKENS = {"cpu": 4096, "cuda": 16384}  # in a batch; more at once is no faster
 LOGITS = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes that a batch's logits may take
 PIECE = {"cpu": 1 << 22, "cuda": 1 << 28}  # bytes of float32 logits whose loss is taken at once: small enough for a processor's cache
@@ -42,10 +42,10 @@ def perplexity(
     """Measure how well a model predicts a text, each token once, from a window that slides over each document.
 
     The loss is the mean of -ln p(token | the tokens before it in its window) over all scored tokens, in nats; the perplexity is its
-    exponential (Jelinek, Mercer, Bahl and Baker 1977), which also depends on the tokenizer; bits per byte is the sum of the same, in bits, over the bytes of the text in
-    UTF-8 (Gao et al. 2020, The Pile, arXiv 2101.00027, section 3.1), which does not. Windows of `length` tokens move by `stride`
-    ("Perplexity of fixed-length models", Hugging Face's documentation of transformers); each predicts what the one before did not reach,
-    so that a token is predicted from at least length - stride + 1 tokens, once so many stand before it in its document.
+    exponential (Jelinek, Mercer, Bahl and Baker 1977). Both depend on the tokenizer; bits per byte does not: the sum of the same, in bits,
+    over the bytes of the text in UTF-8 (Gao et al. 2020, The Pile, arXiv 2101.00027, section 3.1). Windows of `length` tokens move by
+    `stride` ("Perplexity of fixed-length models" in Hugging Face's documentation of transformers); each predicts what the one before did
+    not reach, so that a token is predicted from at least length - stride + 1 tokens, once so many stand before it in its document.
 
     Documents are tokenized as in training (see `to_passages`): the first token of each is predicted from BOS, or from the end-of-text
     token where the tokenizer adds no BOS. They never see each other. Token losses are float32, from logits cast to float32; sums are
@@ -105,7 +105,7 @@ def _passages(loaded: Loaded, documents: Documents, progress: Progress) -> list[
     scored = sum(passage.scored for passage in passages)
     if scored < 2:
         raise DowncycleError(f"{documents.name}: {scored} tokens of it can be scored, and at least two are needed; give a longer text")
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    rows = vocabulary(loaded.model)
     if (highest := max(int(passage.ids.max()) for passage in passages if len(passage.ids))) >= rows:
         raise DowncycleError(
             f"{loaded.checkpoint.name}: its tokenizer gives token {highest} ({loaded.tokenizer.convert_ids_to_tokens(highest)!r}), and the "
@@ -116,8 +116,9 @@ def _passages(loaded: Loaded, documents: Documents, progress: Progress) -> list[
 
 def _batch(loaded: Loaded, length: int) -> int:
     """How many windows to take at a time, so that their logits fit."""
-    device, vocabulary = loaded.device.type, loaded.model.get_input_embeddings().weight.shape[0]
-    return max(1, min(TOKENS[device], LOGITS[device] // (4 * vocabulary)) // length)
+    device = loaded.device.type
+    logits = min(LOGITS[device], free_memory(str(loaded.device)) // 4)
+    return max(1, min(TOKENS[device], logits // (4 * vocabulary(loaded.model))) // length)
 
 
 def _losses(loaded: Loaded, passages: Sequence[Passage], windows: Sequence[Window], batch: int, progress: Progress) -> list[np.ndarray]:
@@ -129,8 +130,12 @@ def _losses(loaded: Loaded, passages: Sequence[Passage], windows: Sequence[Windo
     done, total = 0, sum(window.scored for window in windows)
     progress("measuring the loss", done, total)
     for numbers, ids, targets in batches(passages, windows, batch, loaded.device):
-        with torch.inference_mode():
-            found = token_losses(loaded.model, ids, targets).cpu()
+        try:
+            with torch.inference_mode():
+                found = token_losses(loaded.model, ids, targets).cpu()
+        except torch.OutOfMemoryError as error:
+            said = f"{loaded.checkpoint.name}: {ids.shape[0]} windows of {ids.shape[1]} tokens do not fit into {loaded.device}'s memory"
+            raise DowncycleError(f"{said}; give a smaller batch or length, or a smaller --load") from error
         if not bool(found.isfinite().all()):
             raise locate_fault(loaded.model, loaded.checkpoint, ids)
         for number, part in zip(numbers, found.split([windows[number].scored for number in numbers]), strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 from ...surgery.checkpoint import Checkpoint
 from ...surgery.errors import DowncycleError
 from ..results import Speed
-from .loading import Loaded, load, positions
+from .loading import Loaded, load, positions, vocabulary
 from .memory import peak_memory, start_peak
 
 SEED = 0
@@ -31,8 +31,8 @@ def measure_speed(
     token, by transformers' own `generate`. Prefill ends when the first new token is known; the others are the decoding. Both are cut where
     the model has fewer positions.
 
-    The peak is the most memory held in loading or in running above what was held before loading (see `memory`): of a model that was
-    loaded for something else too, nothing of that is counted.
+    The peak is the most memory held in loading or in running above what was held before loading (see `memory`). Measure a loaded model
+    before all else: what the process took since then and still holds is counted as the model's.
 
     Args:
         model: a checkpoint, which is loaded as `how` says, or one that is loaded already.
@@ -79,13 +79,14 @@ def _run(loaded: Loaded, prompt: int, generated: int) -> tuple[float, float]:
     import torch
     from transformers import GenerationConfig
 
-    special, rows = set(loaded.tokenizer.all_special_ids), loaded.model.get_input_embeddings().weight.shape[0]
+    special, rows = set(loaded.tokenizer.all_special_ids), vocabulary(loaded.model)
     plain = torch.tensor([token for token in range(min(rows, len(loaded.tokenizer))) if token not in special])
     ids = plain[torch.randint(len(plain), (1, prompt), generator=torch.Generator().manual_seed(SEED))].to(loaded.device)
     length = {"max_new_tokens": generated + 1, "min_new_tokens": generated + 1}
     settings = GenerationConfig(**length, do_sample=False, eos_token_id=None, pad_token_id=int(plain[0]))
     clock = _Clock()
+    model: Any = loaded.model
     with torch.inference_mode():
-        loaded.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
     began, first, *_, last = clock.times
     return prompt / (first - began), generated / (last - first)

@@ -56,14 +56,12 @@ class PushPlan:
         """All bytes that go."""
         return sum(self.files.values())
 
-    def check_unchanged(self) -> None:
-        """Refuse files that have changed since they were checked."""
+    def change(self) -> DowncycleError | None:
+        """Return what is to be said of files that have changed since they were checked; None where none has."""
         changed = [path for path, stamp in self.stamps.items() if stamp != _stamp(self.folder / path)]
-        if changed:
-            raise DowncycleError(
-                f"{self.folder}: {shorten(changed)} changed while it was pushed; nothing was committed. Wait until nobody "
-                "writes there, and push again"
-            )
+        if not changed:
+            return None
+        return DowncycleError(f"{self.folder}: {shorten(changed)} changed while it was pushed; when nobody writes there, push again")
 
 
 def plan_push(

@@ -86,7 +86,6 @@ def push(
             that the Hub refuses, or a network or Hub that fails for longer than patience lasts.
     """
     _check_settings(revision)
-    plan.check_unchanged()
     patience = UploadPatience(plan.repo, revision)
     with warnings.catch_warnings(), _silent_loggers(), _bars(not quiet and sys.stderr.isatty()):
         warnings.simplefilter("ignore")
@@ -97,7 +96,7 @@ def push(
                 if fault is None:
                     return upload.result()
                 if isinstance(fault, DowncycleError):
-                    raise DowncycleError(str(fault))
+                    raise fault
                 asked = asked_wait(fault)
                 why = f"waiting {asked:.0f} s, as the Hub asks" if asked else "the upload broke off; trying again"
                 patience.wait(fault, _once(say, why))
@@ -121,12 +120,14 @@ class _Upload:
 
     def attempt(self, arrived: Callable[[], None]) -> Exception | None:
         """Do what is left to do; return what went wrong, if anything did: raised here, it would carry signed links along."""
-        with _watched(arrived):
-            try:
+        try:
+            with _watched(arrived):
                 self._do()
-            except Exception as error:
-                return underlying(error, self.plan.repo)
-        return None
+        except Exception as error:
+            fault = underlying(error, self.plan.repo)
+        else:
+            return None
+        return self.plan.change() or fault
 
     def result(self) -> Pushed:
         """Say what the Hub holds."""
@@ -152,7 +153,8 @@ class _Upload:
             if CARD in lacking:
                 self._check_card()
             self.api.preupload_lfs_files(self.plan.repo, operations, revision=self.branch, free_memory=False)
-            self.plan.check_unchanged()
+            if change := self.plan.change():
+                raise change
             made = self.api.create_commit(
                 self.plan.repo, operations, commit_message=MESSAGE, revision=self.branch, parent_commit=remote.commit
             )
@@ -170,17 +172,18 @@ class _Upload:
         remote = look(self.api, repo)
         if remote is None:
             self.api.create_repo(repo, private=self.private or None)  # None leaves it to the organisation
-        elif self.private and not remote.private:
+            remote = self._look(None)
+        if self.private and not remote.private:
             raise DowncycleError(
-                f"{repo}: is there already and public, and --private was given; make it private at {endpoint()}/{repo}/settings, choose "
-                "another name, or leave the option out"
+                f"{repo}: is there and public, and --private was given; make it private at {endpoint()}/{repo}/settings, choose another "
+                "name, or leave the option out"
             )
-        elif self.branch is None:
+        if self.branch is None:
             return remote
-        remote = look(self.api, repo, self.branch)
-        if remote is None and self.branch is not None:
+        branch = look(self.api, repo, self.branch)
+        if branch is None:
             self.api.create_branch(repo, branch=self.branch)
-        return remote or self._look(self.branch)
+        return branch or self._look(self.branch)
 
     def _look(self, revision: str | None) -> Remote:
         if remote := look(self.api, self.plan.repo, revision):

@@ -56,8 +56,8 @@ def widen(stored) -> np.ndarray:
 
 
 def test_cutting_hurts_and_healing_helps(demo):
-    assert demo.parent_loss == pytest.approx(3.473, abs=0.005)  # as recipes/demo/README.md has it
-    assert demo.cut_loss == pytest.approx(6.932, abs=0.01)
+    assert demo.parent_loss == pytest.approx(3.466, abs=0.005)  # 3.473 in recipes/demo/README.md, with documents in one stream
+    assert demo.cut_loss == pytest.approx(6.920, abs=0.01)
     assert demo.healed_loss < demo.cut_loss - 1.7
     assert demo.recovered == pytest.approx((demo.cut_loss - demo.healed_loss) / (demo.cut_loss - demo.parent_loss))
 

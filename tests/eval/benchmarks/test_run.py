@@ -31,19 +31,22 @@ torch = pytest.importorskip("torch")
 lm_eval = pytest.importorskip("lm_eval")
 from downcycle.eval.measure.loading import load  # noqa: E402
 
-WORDS = "parser reads words from text and returns a list of numbers for each line in the file that was given".split()
-CODE = '''
+TEXT = "parser reads words from text and returns a list of numbers for each line in the file that was given"
+WORDS = list(dict.fromkeys(re.findall("[a-z]+", TEXT)))
+CODE = """
 from datasets import Dataset
 
 WORDS = {words!r}
 def document(n):
     words = [WORDS[(3 * n + i * (n + 1)) % len(WORDS)] for i in range(8)]
-    return {{"text": " ".join(words), "choices": [words[0], words[1] + " and", "the " + words[2]][: 2 + n % 2], "label": n % 2, "word": words[3]}}
+    choices = [words[0], words[1] + " and", "the " + words[2]][: 2 + n % 2]
+    return {{"text": " ".join(words), "choices": choices, "label": n % 2, "word": words[3]}}
 def splits(**metadata):
-    return {{"train": Dataset.from_list([document(n) for n in range(100, 110)]), "test": Dataset.from_list([document(n) for n in range(9)])}}
+    parts = {{"train": range(100, 110), "test": range(9)}}
+    return {{name: Dataset.from_list([document(n) for n in numbers]) for name, numbers in parts.items()}}
 def fail(document):
     raise RuntimeError("the data\\nare odd")
-'''
+"""
 COMMON = "custom_dataset: !function code.splits\ntraining_split: train\ntest_split: test\n"
 MEAN = "aggregation: mean\n    higher_is_better: true\n"
 YAMLS = {
@@ -267,10 +270,10 @@ from downcycle.eval.measure.loading import load
 responses.EVERY = 0.0
 loaded = load(open_checkpoint(sys.argv[1]), "fp32", device="cpu")
 def wait(what, done, total):
-    if done == 900:
-        print("now", flush=True)
+    if done == 150:
+        print("now", file=sys.__stdout__, flush=True)
         signal.pause()
-run_task(loaded, SUITES["quick"][0], content="c", progress=wait)
+run_task(loaded, SUITES["quick"][0], limit=100, content="c", progress=wait)
 """
 
 
@@ -280,14 +283,36 @@ def test_a_killed_run_goes_on_where_it_was(model, cache, counted):
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     kept = [json.loads(line) for line in responses_path(model[1], "c").read_text().splitlines() if line]
-    assert len(kept) == 900
+    assert len(kept) == 150
     told = []
-    scores = run_task(model[1], SUITES["quick"][0], content="c", progress=lambda what, done, total: told.append(done))
-    assert counted.rows <= 2000 - len(kept) and told[1] == len(kept) and told[-1] == 2000
+    scores = run_task(model[1], SUITES["quick"][0], limit=100, content="c", progress=lambda what, done, total: told.append(done))
+    assert counted.rows <= 400 - len(kept) and told[1] == len(kept) and told[-1] == 400
     rows = counted.rows
-    whole = run_task(model[1], SUITES["quick"][0])
+    whole = run_task(model[1], SUITES["quick"][0], limit=100)
     assert counted.rows > rows + len(kept)
-    assert scores[0].value == pytest.approx(whole[0].value, abs=2 / 500)  # other batches round otherwise
+    assert scores[0].value == pytest.approx(whole[0].value, abs=2 / 100)  # other batches round otherwise
+
+
+def test_the_batch_that_fits_is_found_with_texts_as_long_as_there_are(model, tasks, tmp_path):
+    from downcycle.eval.benchmarks.harness import find_task, quiet
+    from downcycle.eval.benchmarks.language_model import LanguageModel
+    from downcycle.eval.benchmarks.responses import Responses
+
+    shapes = []
+    hook = model[1].model.register_forward_pre_hook(
+        lambda module, given, named: shapes.append((given[0] if given else named["input_ids"]).shape), with_kwargs=True
+    )
+    index, asked = find_task(parse_tasks(f"{tasks}/gen.yaml")[0])
+    wrapped = LanguageModel(model[1], "auto", Responses(tmp_path / "x"), lambda done, total: None)
+    window = wrapped.max_length
+    with quiet():
+        answer = lm_eval.simple_evaluate(wrapped, tasks=[asked], task_manager=index)
+    hook.remove()
+    assert shapes[0][0] == 64 and 20 < shapes[0][1] < 200 < window == wrapped.max_length
+    assert max(rows for rows, _ in shapes[5:]) == 9
+    assert {key: value for (_, key), (value, *_) in theirs(answer, "gen").items()} == {
+        one.metric: one.value for one in run(model, tasks, "gen.yaml")
+    }
 
 
 # Models and tokenizers as they come.
@@ -321,8 +346,9 @@ def bare_model(folder):
 def test_a_tokenizer_without_special_tokens(tmp_path):
     loaded = bare_model(tmp_path / "bare")
     assert loaded.tokenizer.all_special_tokens == []
-    choices = {"mc": YAMLS["mc"], "empty": YAMLS["mc"].replace("doc_to_text: text", "doc_to_text: ''")}
-    folder = write_tasks(tmp_path / "tasks", **choices)
+    empty = YAMLS["mc"].replace("doc_to_text: text", "doc_to_text: ''")
+    uneven = YAMLS["gen"].replace("doc_to_text: text", "doc_to_text: '{{text if label else word}}'")  # so that some are padded
+    folder = write_tasks(tmp_path / "tasks", empty=empty, gen=uneven)
     for name in ("mc", "empty", "ll", "gen"):
         run((None, loaded), folder, f"{name}.yaml", content=name)
     kept = dict(json.loads(line) for line in responses_path(loaded, "mc").read_text().splitlines() if line)
@@ -331,7 +357,9 @@ def test_a_tokenizer_without_special_tokens(tmp_path):
     expected = []
     for document in map(namespace["document"], range(9)):
         for choice in document["choices"]:
-            context, ids = (loaded.tokenizer(text, return_tensors="pt").input_ids for text in (document["text"], f"{document['text']} {choice}"))
+            context, ids = (
+                loaded.tokenizer(text, return_tensors="pt").input_ids for text in (document["text"], f"{document['text']} {choice}")
+            )
             logits = loaded.model(ids).logits[0].log_softmax(-1)
             expected.append(sum(logits[i - 1, ids[0, i]].item() for i in range(context.shape[1], ids.shape[1])))
     assert sorted(answer[0] for answer in kept.values()) == pytest.approx(sorted(set(expected)), abs=1e-4)
@@ -359,7 +387,10 @@ def test_nan_is_refused_with_the_layer_where_it_arises(model, tasks, name):
         (COMMON + YAMLS["mc"] + "unsafe_code: true\n", "it runs code that the model writes, which is not done here"),
         ("dataset_path: nobody/has-this\ntest_split: test\n" + YAMLS["mc"], "its data, nobody/has-this on the Hub.*or take --tasks quick"),
         (COMMON + YAMLS["mc"].replace("doc_to_text: text", "doc_to_text: !function code.fail"), "RuntimeError: the data are odd"),
-        (COMMON + YAMLS["mc"].replace("doc_to_text: text", "doc_to_text: !function code.none"), "AttributeError: .*has no attribute 'none'"),
+        (
+            COMMON + YAMLS["mc"].replace("doc_to_text: text", "doc_to_text: !function code.none"),
+            "AttributeError: .*has no attribute 'none'",
+        ),
         (COMMON.replace("test_split: test", "test_split: dev") + YAMLS["mc"], "lm-eval failed: KeyError: 'dev'"),
         (COMMON + "output_type: multiple_guess\n", "lm-eval failed: ValueError: Got invalid output_type 'multiple_guess'"),
         ("dataset_path: nobody/has-this\nclass: !function code.none\n", "lm-eval failed: AttributeError"),

@@ -41,7 +41,9 @@ def test_openllm_is_what_lm_eval_has_under_that_name():
         name: (one.shots, one.fewshot_split) for name, one in ours.items()
     }
     index = TaskManager(include_defaults=False, include_path=[str(tasks / name) for name in ("arc", "gsm8k", "truthfulqa", "winogrande")])
-    index.task_index.update(TaskManager(include_defaults=False, include_path=[str(tasks / "hellaswag"), str(tasks / "mmlu/default")]).task_index)
+    index.task_index.update(
+        TaskManager(include_defaults=False, include_path=[str(tasks / "hellaswag"), str(tasks / "mmlu/default")]).task_index
+    )
     for task in SUITES["openllm"]:
         config = load_yaml_config(index.task_index[task.name]["yaml_path"], mode="simple")
         metrics = [entry["metric"] for entry in config.get("metric_list") or config["aggregate_metric_list"]]

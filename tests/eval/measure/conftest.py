@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 MODEL = Path(__file__).parents[3] / "recipes" / "demo" / "model"
-TOKENIZERS = {"bos": (), "eos": ("post_processor",), "none": ("post_processor", "eos_token")}
+TOKENIZERS = {"bos": (), "both": (), "eos": ("post_processor",), "none": ("post_processor", "eos_token")}  # what is taken away
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 4096}
 TINY = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 4080, "eos_token_id": 4081}
 
@@ -36,13 +36,17 @@ def one_thread():
 
 
 def add_tokenizer(folder: Path, kind: str = "bos") -> None:
-    """Put the built-in tokenizer into a folder; of kind `eos` it adds no BOS, of kind `none` it names no end of text either."""
+    """Put the built-in tokenizer into a folder; it adds BOS, of kind `both` EOS too, of kind `eos` neither, and kind `none` has none."""
     tokenizer = json.loads((MODEL / "tokenizer.json").read_text())
     settings = json.loads((MODEL / "tokenizer_config.json").read_text())
     for part in TOKENIZERS[kind]:
         if part in tokenizer:
             tokenizer[part] = None
         settings.pop(part, None)
+    if kind == "both":
+        template, name = tokenizer["post_processor"]["processors"][1], settings["eos_token"]
+        template["single"].append({"SpecialToken": {"id": name, "type_id": 0}})
+        template["special_tokens"][name] = {"id": name, "ids": [4081], "tokens": [name]}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 

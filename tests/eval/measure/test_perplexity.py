@@ -15,7 +15,8 @@ from downcycle.eval.measure.perplexity import clustered_error, perplexity  # noq
 from downcycle.eval.measure.text import Documents, read_documents  # noqa: E402
 from downcycle.surgery.checkpoint import DEMO_FOLDER  # noqa: E402
 
-LONG = ("One long document, of which no window sees the whole: " + "the model reads a piece, moves on, and reads the next. " * 2 + "Ünïcode: 猫 🐈.",)
+PHRASE = "the model reads a piece, moves on, and reads the next. "
+LONG = (f"One long document, of which no window sees the whole: {PHRASE}{PHRASE}Ünïcode: 猫 🐈.",)
 SHORT = ("A tale.", "Two words", "", "x", "The last document is the longest one of all of these, and needs a few windows.")
 MODELS = {
     "llama": {},
@@ -23,6 +24,7 @@ MODELS = {
     "gpt2": {"config": "GPT2Config", "tokenizer": "eos", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "mistral": {"config": "MistralConfig", "sliding_window": 5},
     "nothing before": {"tokenizer": "none"},
+    "ends of text": {"tokenizer": "both", "tie_word_embeddings": True},
     "mixtral": {"config": "MixtralConfig", "num_local_experts": 4, "tokenizer": "eos"},
 }
 
@@ -38,6 +40,7 @@ def alone(folder, texts, length: int, stride: int) -> list[list[float]]:
     losses = []
     for text in texts:
         ids = tokenizer(text)["input_ids"]
+        ids = ids[:-1] if ids[-1:] == [4081] else ids  # an end is no text
         if not ids or ids[0] != 4080:  # no BOS
             ids = [*([] if tokenizer.eos_token is None else [tokenizer.eos_token_id]), *ids]
         own = []

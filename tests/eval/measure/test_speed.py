@@ -1,5 +1,6 @@
 """Rates are those of runs that really happened, of the lengths that are stated, and the peak covers the weights."""
 
+import os
 import subprocess
 import sys
 import time
@@ -44,25 +45,23 @@ import sys
 import torch
 from downcycle import open_checkpoint
 from downcycle.eval.measure.speed import measure_speed
-measure_speed(open_checkpoint("demo"), runs=1)  # brings the libraries in
-for how in ("stored", "fp32"):
-    print(measure_speed(open_checkpoint(sys.argv[1]), how, prompt=16, generated=4, runs=1).peak_bytes)
+measure_speed(open_checkpoint("demo"), prompt=9, generated=1, runs=1)  # brings the libraries in
 torch.ones(1 << 28)
 ballast = torch.ones(1 << 27)
-print(measure_speed(open_checkpoint(sys.argv[1]), "fp32", prompt=16, generated=4, runs=1).peak_bytes)
+for how in ("stored", "fp32"):
+    print(measure_speed(open_checkpoint(sys.argv[1]), how, prompt=16, generated=2, runs=1).peak_bytes)
 """
 
 
 def test_peak(tiny):
     """At least the weights that are used, and not many times as much; what was held before, or is over, does not count."""
     folder = tiny(dtype="bfloat16", **BIG)
-    run = subprocess.run([sys.executable, "-c", PEAKS, folder], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", PEAKS, folder], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    stored, fp32, weighed = map(int, run.stdout.split())
+    stored, fp32 = map(int, run.stdout.split())
     used = open_checkpoint(folder).nbytes - 2 * 4096 * 512  # of the mapped embeddings a few rows are looked at
     assert used < stored < 1.5 * used
     assert 2 * used < fp32 < 4 * used
-    assert weighed == pytest.approx(fp32, rel=0.25)
 
 
 def test_peak_of_this_process():

@@ -177,4 +177,3 @@ def test_data_sets_of_the_hub(tmp_path):
     for name, line in zip(asked[2:], found[2:], strict=True):
         assert line.startswith(f"{name}: no such file or folder, and as a data set of the Hub it cannot be read (")
     assert "small" in found[2]
-    assert not hub.sent("*/small-train-*")

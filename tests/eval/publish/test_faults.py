@@ -93,6 +93,12 @@ def test_a_token_that_is_none(hub, plan, line, waits):
     assert len(hub.requests) == 1
 
 
+def test_a_token_that_is_none_in_the_hubs_other_words(hub, plan, line, waits):
+    fail(hub, "look", status=401, headers={"X-Error-Code": "RepoNotFound"})
+    assert "wants a valid token (401)" in line(push, plan)
+    assert len(hub.requests) == 1
+
+
 def test_the_name_of_another(hub, model, line):
     text = line(push, plan_push(model, "bob/small"))
     assert "forbids it (403: You don't have the rights to create a model under the namespace bob)" in text
@@ -116,7 +122,7 @@ def test_a_repo_that_another_makes_meanwhile(hub, plan, arrived, waits):
 
 def test_a_repo_that_another_makes_public_meanwhile(hub, plan, line, waits):
     hub.meanwhile("/api/repos/create", lambda: hub.add_repo(REPO))
-    assert "is there already and public" in line(push, plan, private=True)
+    assert "is there and public" in line(push, plan, private=True)
     assert hub.content(REPO) == {}
 
 
@@ -189,11 +195,12 @@ def test_a_card_that_the_hub_does_not_take(hub, plan, line):
 
 @pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "config.json"])
 @pytest.mark.parametrize("change", ["write", "remove"])
-def test_files_that_change_are_not_committed(hub, plan, line, name, change):
+@pytest.mark.parametrize("route", ["batch", "verify"])
+def test_files_that_change_are_not_committed(hub, plan, line, route, name, change):
     place = plan.folder / name
-    hub.meanwhile(ROUTES["verify"], lambda: place.write_bytes(b"other") if change == "write" else place.unlink())
+    hub.meanwhile(ROUTES[route], lambda: place.write_bytes(b"other") if change == "write" else place.unlink())
     text = line(push, plan)
-    assert text.startswith(f"{plan.folder}: {name} changed while it was pushed; nothing was committed")
+    assert text.startswith(f"{plan.folder}: {name} changed while it was pushed; when nobody writes there")
     assert hub.content(REPO) == {}
     if change == "write":
         assert f"{name} changed" in line(push, plan)

@@ -89,10 +89,17 @@ def test_a_new_repo_is_private_where_that_is_asked(hub, model, private):
 def test_a_public_repo_is_not_taken_for_a_private_one(hub, model, line):
     hub.add_repo(REPO)
     text = line(send, model, private=True)
-    assert text.startswith(f"{REPO}: is there already and public, and --private was given")
+    assert text.startswith(f"{REPO}: is there and public, and --private was given")
     assert [request.method for request in hub.requests] == ["GET"]
     hub.add_repo(REPO, private=True)
     assert send(model).private
+
+
+def test_a_repo_that_was_made_public_against_the_word_gets_nothing(hub, model, line):
+    hub.meanwhile(f"/api/models/{REPO}", lambda: None)
+    hub.meanwhile(f"/api/models/{REPO}", lambda: setattr(hub.pushed[REPO], "private", False))
+    assert "is there and public" in line(send, model, private=True)
+    assert hub.content(REPO) == {} and not hub.objects
 
 
 def test_what_else_a_repo_holds_stays(hub, model, files_of):
