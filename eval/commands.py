@@ -149,8 +149,13 @@ def push(
     if as_json:
         print_json({"repo": repo, **planned, "pushed": asdict(pushed)})
         return
+    if pushed.others:
+        typer.echo(f"note: {len(pushed.others)} other files were there and stayed, such as {printable(pushed.others[0])}", err=True)
     sent = f"{pushed.new_files} new files, {format_bytes(pushed.new_bytes)}" if pushed.new_files else "all there already, nothing sent"
-    typer.echo(f"{sent}; what the Hub lists is equal to the folder: {pushed.files} files, {format_bytes(pushed.bytes)}", err=True)
+    typer.echo(
+        f"{'private' if pushed.private else 'public'}; {sent}; what the Hub lists is equal to the folder: {pushed.files} files, {format_bytes(pushed.bytes)}",
+        err=True,
+    )
     typer.echo(pushed.url)
 
 

@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..recipes.training import history
 from ..surgery.checkpoint import Checkpoint, open_checkpoint, split_revision
 from ..surgery.errors import DowncycleError
 from .benchmarks.tasks import Task, parse_tasks, task_key
@@ -24,8 +23,8 @@ from .cache import keep, keep_results, key_of, recall
 from .content import content_digest
 from .machine import gpu_names, machine_words
 from .measure.text import Documents, read_documents
-from .origin import HEALED, PARENT, UNKNOWN, origin_of, training_folder
-from .results import Logged, ModelResult, Perplexity, Results, Score, Speed
+from .origin import HEALED, PARENT, UNKNOWN, origin_of, training_folder, training_log
+from .results import ModelResult, Perplexity, Results, Score, Speed
 
 if TYPE_CHECKING:
     from .measure.loading import Loaded
@@ -217,24 +216,13 @@ def _describe(subject: Subject, known: Measured, plan: Plan, side_by_side: str) 
         perplexity=tuple(texts),
         scores=tuple(Score(**score) for task in plan.tasks for score in known[_task_key(plan, task)]),
         speed=Speed(**known[side_by_side]),
-        training=logged(training) if training else (),
+        training=training_log(training) if training else (),
     )
 
 
 def _shown(text: str) -> str:
     """A text's name without the folders of this machine."""
     return Path(text).name if os.path.exists(os.path.expanduser(text)) else text
-
-
-def logged(folder: Path) -> tuple[Logged, ...]:
-    """Return the losses that a trainer logged, from its output folder; where one state is damaged, none."""
-    with suppress(DowncycleError):
-        return tuple(
-            Logged(entry["step"], float(entry.get("epoch", 0)), entry.get("loss"), entry.get("eval_loss"))
-            for entry in history(folder)
-            if "loss" in entry or "eval_loss" in entry
-        )
-    return ()
 
 
 def _with_roles(models: Sequence[ModelResult]) -> tuple[ModelResult, ...]:

@@ -5,14 +5,18 @@ Reads the lineage of a Checkpoint value; opens no parent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..recipes.training import has_history
+from ..recipes.training import has_history, history
 from ..surgery.checkpoint import Checkpoint
+from ..surgery.errors import DowncycleError
 from ..surgery.verify import MERGE
+from .results import Logged
 
 PARENT, CUT_ONLY, HEALED, UNKNOWN = "parent", "cut", "healed", "model"
 
@@ -45,11 +49,6 @@ class Origin:
     def root(self) -> str | None:
         """The first parent: a folder or a Hub id."""
         return self.steps[0].parent if self.steps else None
-
-    @property
-    def root_revision(self) -> str | None:
-        """Its commit, where it is on the Hub."""
-        return self.steps[0].revision if self.steps else None
 
     @property
     def role(self) -> str:
@@ -96,3 +95,19 @@ def training_folder(checkpoint: Checkpoint, folder: Path | None = None) -> Path 
     steps = origin_of(checkpoint).steps
     places = [Path(step.adapter) for step in reversed(steps) if step.adapter and not step.adapter_revision]
     return next((place for place in (*places, *filter(None, [folder])) if has_history(place)), None)
+
+
+def training_log(folder: Path) -> tuple[Logged, ...]:
+    """Return the losses that a trainer logged, from its output folder; none where there is no state, or a damaged one.
+
+    A loss that is no finite number is None.
+    """
+    with suppress(DowncycleError):
+        found = (one for one in history(folder) if "loss" in one or "eval_loss" in one)
+        return tuple(Logged(one["step"], float(one.get("epoch") or 0), _loss(one, "loss"), _loss(one, "eval_loss")) for one in found)
+    return ()
+
+
+def _loss(entry: Mapping[str, Any], key: str) -> float | None:
+    value = entry.get(key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

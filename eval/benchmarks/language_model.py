@@ -53,7 +53,7 @@ class LanguageModel(HFLM):
 
     def add_partial(self, kind: str, arguments: Iterable[Any], answer: Any) -> None:
         """Keep one answer: lm-eval's hook, called as soon as there is one."""
-        if not _is_drawn(kind, arguments):
+        if not _is_drawn(kind, arguments):  # another draw is asked for on purpose
             self.responses.add(hash_args(kind, arguments), answer)
         self.done += 1
         self.told(self.done, self.total)
@@ -63,13 +63,13 @@ class LanguageModel(HFLM):
         return None if tokens is None else super().tok_decode(tokens, skip_special_tokens)
 
     def _answer(self, kind: str, requests: list[Instance], ask: Callable[..., list[Any]]) -> list[Any]:
-        keys = [None if _is_drawn(kind, request.args) else hash_args(kind, request.args) for request in requests]
+        keys = [hash_args(kind, request.args) for request in requests]
         known = [key in self.responses.known for key in keys]
         left = [request for request, is_known in zip(requests, known, strict=True) if not is_known]
         self.done, self.total = len(requests) - len(left), len(requests)
         self.told(self.done, self.total)
         fresh = iter(ask(left, disable_tqdm=True) if left else [])
-        return [self.responses.known[str(key)] if is_known else next(fresh) for key, is_known in zip(keys, known, strict=True)]
+        return [self.responses.known[key] if is_known else next(fresh) for key, is_known in zip(keys, known, strict=True)]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
@@ -115,5 +115,5 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> tuple[PreT
 
 
 def _is_drawn(kind: str, arguments: Iterable[Any]) -> bool:
-    """Whether an answer is drawn at random, so that another would be asked for on purpose."""
+    """Whether an answer is drawn at random."""
     return kind == "generate_until" and bool(list(arguments)[1].get("do_sample"))

@@ -6,7 +6,6 @@ Reads what Axolotl and the trainer wrote and infers nothing: what they do not sa
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -18,9 +17,10 @@ from ...recipes.commands import RECIPE
 from ...recipes.dataset.source import FINEWEB, REPORT
 from ...recipes.presets import FINEWEB_1B
 from ...recipes.text_source import COUNTED
-from ...recipes.training import has_history, history
+from ...recipes.training import history
 from ...recipes.validation.data_conflicts import TEXTS, entries
 from ...surgery.errors import DowncycleError
+from ..origin import training_log
 from ..results import Logged
 from .redact import is_path, name_of, redact_recipe
 
@@ -70,18 +70,18 @@ def read_training(output: Path | None, recipes: Iterable[Path] = ()) -> Training
         recipes: files that may be its recipe; one is taken where it names this output folder and Axolotl's own card holds none.
     """
     card = _read(output / README) if output else ""
-    entries_, tokens = _log(output) if output else ((), None)
+    log = training_log(output) if output else ()
     text = recipe_in_card(card)
     if not text and output:
         text = next((one for path in (output / RECIPE, *recipes) if _names_output(one := _read(path), output)), "")
-    if not text and not entries_ and not card:
+    if not text and not log and not card:
         return None
     config = parse_recipe(text)
     return Training(
         recipe=redact_recipe(text) if text else "",
         config=config,
-        log=entries_,
-        tokens=tokens,
+        log=log,
+        tokens=_tokens_seen(output) if output else None,
         counts=_counts(card),
         versions=_versions(card),
         texts=tuple(_texts(config, [Path(), *([output.parent] if output else [])])),
@@ -120,26 +120,12 @@ def _names_output(recipe: str, output: Path) -> bool:
     return wanted.resolve() == there or not wanted.is_absolute() and there.parts[-len(wanted.parts) :] == wanted.parts
 
 
-def _log(output: Path) -> tuple[tuple[Logged, ...], int | None]:
-    """Return the trainer's losses, entry by entry, and how many tokens it had seen at the last one."""
-    if not has_history(output):
-        return (), None
-    try:
-        found = history(output)
-    except DowncycleError:
-        return (), None
-    log = [
-        Logged(one["step"], float(one.get("epoch") or 0), _loss(one, "loss"), _loss(one, "eval_loss"))
-        for one in found
-        if "loss" in one or "eval_loss" in one
-    ]
-    seen = [one["tokens/total"] for one in found if isinstance(one.get("tokens/total"), int)]
-    return tuple(log), seen[-1] if seen else None
-
-
-def _loss(entry: Mapping[str, Any], key: str) -> float | None:
-    value = entry.get(key)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+def _tokens_seen(output: Path) -> int | None:
+    """How many tokens the trainer had seen at the last entry of its log that says so."""
+    with suppress(DowncycleError):
+        seen = [one["tokens/total"] for one in history(output) if isinstance(one.get("tokens/total"), int)]
+        return seen[-1] if seen else None
+    return None
 
 
 def _counts(card: str) -> dict[str, int]:

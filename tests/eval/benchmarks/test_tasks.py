@@ -176,6 +176,15 @@ def test_the_key_follows_the_files_wherever_they_lie(tmp_path):
     assert len(seen) == 6
 
 
+def test_the_key_follows_what_included_files_name(tmp_path):
+    write_task(tmp_path / "deep", "base", "doc_to_text: !function other.text\n")
+    (tmp_path / "deep" / "other.py").write_text("")
+    (tmp_path / "mine.yaml").write_text("include: deep/base.yaml\ntask: mine\n")
+    before = key_of_path(tmp_path / "mine.yaml")
+    (tmp_path / "deep" / "other.py").write_text("x = 1\n")
+    assert key_of_path(tmp_path / "mine.yaml") != before
+
+
 def test_the_key_follows_every_member_of_a_group(tmp_path):
     (tmp_path / "all.yaml").write_text("group: all\ntask:\n  - mine\n  - other\n")
     folder_of_a_task(tmp_path / "below")

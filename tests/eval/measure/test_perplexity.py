@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, write  # noqa: E402
 from downcycle.eval.measure.loading import load  # noqa: E402
-from downcycle.eval.measure.perplexity import clustered_error, perplexity  # noqa: E402
+from downcycle.eval.measure.perplexity import UNSCORED, clustered_error, perplexity, token_losses  # noqa: E402
 from downcycle.eval.measure.text import Documents, read_documents  # noqa: E402
 from downcycle.surgery.checkpoint import DEMO_FOLDER  # noqa: E402
 
@@ -79,6 +79,20 @@ def unpredicted(folder, texts) -> int:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     spans = [tokenizer(text, return_offsets_mapping=True)["offset_mapping"][:1] for text in texts]
     return sum(len(text[: end[0][1]].encode()) for text, end in zip(texts, spans, strict=True) if end)
+
+
+def test_any_tokens_of_a_batch_can_be_scored(tiny):
+    """Late ones of one row beside early ones of another, and none of a third."""
+    model = AutoModelForCausalLM.from_pretrained(tiny()).eval()
+    ids = torch.randint(4000, (3, 20), generator=torch.Generator().manual_seed(1))
+    targets = torch.full((3, 20), UNSCORED)
+    targets[0, 12:] = torch.arange(100, 108)
+    targets[1, 2:5] = torch.tensor([5, 6, 7])
+    with torch.no_grad():
+        every = -torch.log_softmax(model(ids).logits.double(), -1)
+        found = token_losses(model, ids, targets)
+    expected = [every[row, place, targets[row, place]].item() for row, place in (targets != UNSCORED).nonzero().tolist()]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_documents_do_not_see_each_other(tiny):

@@ -258,9 +258,11 @@ def test_an_interrupted_push_says_what_stays(hub, plan, arrived, waits, monkeypa
     assert arrived() and len(hub.asked("/store/*")) == 5
 
 
-def test_words_of_others_are_cleaned(token):
+def test_words_of_others_are_cleaned(token, monkeypatch):
     assert plain(f"a\n  b {token} c http://x.y/z?Signature=1 d {'e' * 40} hf_short Bearer abc") == "a b … c … d … … …"
     assert len(plain("word " * 100)) == 200
+    monkeypatch.setenv("HF_TOKEN", "open-sesame")
+    assert plain("you said open-sesame.") == "you said …."
 
 
 def test_the_server_refuses_what_does_not_fit(hub, plan):

@@ -121,9 +121,12 @@ def test_an_adapter_is_held_against_its_base(parent, adapter, line):
     assert "another model" in line(plan_push, adapter, REPO, src="demo")
 
 
-def test_adapters_that_are_none(adapter, line):
+def test_adapters_that_are_none(adapter, line, pack_file):
     assert "is an adapter itself" in line(plan_push, adapter, REPO, adapter="x")
     weights = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(pack_file({}))
+    assert "holds no tensors; nothing was trained" in line(plan_push, adapter, REPO)
+    (adapter / "adapter_model.safetensors").write_bytes(weights)
     os.truncate(adapter / "adapter_model.safetensors", len(weights) - 3)
     assert "it is truncated" in line(plan_push, adapter, REPO)
     (adapter / "adapter_model.safetensors").unlink()
