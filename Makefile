@@ -1,4 +1,4 @@
-# make demo   cut the built-in model, verify it, let it write a line; then heal it with Axolotl, merge, compare losses
+# make demo   cut the built-in model, verify it, let it write a line; heal it with Axolotl, merge; compare, write the card
 # make test   all tests: first the core without torch, then everything
 # make lint   ruff and mypy          make bench   the figures of the README
 # Each sets up what it needs in .venv (and .venv-light) from nothing.
@@ -10,11 +10,14 @@ SOURCES = pyproject.toml constraints.txt
 .PHONY: demo test lint bench clean
 
 demo: .venv/all
-	rm -rf build/demo-9L build/healed
+	rm -rf build/demo-9L build/healed build/report
 	.venv/bin/downcycle --src demo --keep 9 --out build/demo-9L
 	.venv/bin/downcycle verify build/demo-9L --src demo
 	.venv/bin/python -W ignore recipes/demo/write_line.py build/demo-9L "The function returns"
 	.venv/bin/downcycle demo --out build/healed
+	.venv/bin/downcycle eval demo build/demo-9L build/healed/healed --tasks quick --limit 100 --report build/report
+	.venv/bin/downcycle card build/healed/healed
+	.venv/bin/downcycle push build/healed/healed you/demo-healed --dry-run
 
 test: .venv-light/test .venv/all
 	.venv-light/bin/python -m pytest -q

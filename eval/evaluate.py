@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..surgery.checkpoint import Checkpoint, open_checkpoint, split_revision
 from ..surgery.errors import DowncycleError
+from .benchmarks.harness import require_lm_eval
 from .benchmarks.tasks import Task, parse_tasks, task_key
 from .cache import keep, keep_results, key_of, recall
 from .content import content_digest
@@ -132,6 +133,9 @@ def _measure(subject: Subject, plan: Plan, side_by_side: str, fresh: bool, progr
         known[side_by_side] = None
     if missing := [key for key in jobs if known[key] is None]:
         from .measure.loading import load
+
+        if any(_task_key(plan, task) in missing for task in plan.tasks):
+            require_lm_eval()
 
         progress(f"loading {subject.name}", 0, 0)
         loaded = load(subject.checkpoint, plan.load, offload=plan.offload, trust_remote_code=plan.trust_remote_code)

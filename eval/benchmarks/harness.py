@@ -108,7 +108,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
+    before = vars(owner)[name]  # as it is stored: an attribute of a class is made anew by each look
     setattr(owner, name, value)
     try:
         yield

@@ -82,8 +82,9 @@ def _run(loaded: Loaded, prompt: int, generated: int) -> tuple[float, float]:
     special, rows = set(loaded.tokenizer.all_special_ids), vocabulary(loaded.model)
     plain = torch.tensor([token for token in range(min(rows, len(loaded.tokenizer))) if token not in special])
     ids = plain[torch.randint(len(plain), (1, prompt), generator=torch.Generator().manual_seed(SEED))].to(loaded.device)
-    length = {"max_new_tokens": generated + 1, "min_new_tokens": generated + 1}
-    settings = GenerationConfig(**length, do_sample=False, eos_token_id=None, pad_token_id=int(plain[0]))
+    # `min` keeps it from ending early: what is left out here is taken from the model's own settings, its end-of-text token too.
+    lengths = {"max_new_tokens": generated + 1, "min_new_tokens": generated + 1}
+    settings = GenerationConfig(**lengths, do_sample=False, num_beams=1, pad_token_id=int(plain[0]))
     clock = _Clock()
     model: Any = loaded.model
     with torch.inference_mode():
