@@ -151,11 +151,9 @@ def push(
         return
     if pushed.others:
         typer.echo(f"note: {len(pushed.others)} other files were there and stayed, such as {printable(pushed.others[0])}", err=True)
-    sent = f"{pushed.new_files} new files, {format_bytes(pushed.new_bytes)}" if pushed.new_files else "all there already, nothing sent"
-    typer.echo(
-        f"{'private' if pushed.private else 'public'}; {sent}; what the Hub lists is equal to the folder: {pushed.files} files, {format_bytes(pushed.bytes)}",
-        err=True,
-    )
+    seen = "private" if pushed.private else "public"
+    sent = f"{pushed.new_files} new files, {format_bytes(pushed.new_bytes)}" if pushed.new_files else "nothing new to send"
+    typer.echo(f"{seen}; {sent}; the Hub lists {pushed.files} files, {format_bytes(pushed.bytes)}, equal to the folder's", err=True)
     typer.echo(pushed.url)
 
 
