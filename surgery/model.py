@@ -37,6 +37,8 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
 
     Args:
         options: for `AutoModelForCausalLM.from_pretrained`, such as dtype or device_map.
+    Raises:
+        DowncycleError: weights are missing that the model needs, torch is, or transformers knows no such model.
     """
     try:
         import torch  # noqa: F401
@@ -51,7 +53,13 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
         maps: dict[Path, torch.Tensor] = {}
         weights = {name: _as_torch(tensor, maps) for name, tensor in checkpoint.tensors.items()}
         model_class = _class_for(config)
-        model = model_class.from_pretrained(None, config=config, state_dict=weights, **options).eval()
+        model, told = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
+        if missing := sorted(told["missing_keys"]):  # transformers makes random numbers of them
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise DowncycleError(
+                f"{checkpoint.name}: lacks {', '.join(missing[:3])}{more}, which a {model_class.__name__} needs; fetch it again"
+            )
+        model.eval()
         if GENERATION in checkpoint.files:
             (Path(folder) / GENERATION).write_bytes(file_bytes(checkpoint.files[GENERATION]))
             model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -70,7 +70,7 @@ def perplexity(
     length, stride = _check_windows(loaded, length, stride, batch)
     passages = _passages(loaded, documents, progress)
     windows = list(to_windows(passages, length, stride))
-    losses = _losses(loaded, passages, windows, batch or _batch(loaded, length), progress)
+    losses = _losses(loaded, passages, windows, batch or default_batch(loaded, length), progress)
     return _result(documents, passages, windows, losses, length, stride)
 
 
@@ -114,7 +114,7 @@ def _passages(loaded: Loaded, documents: Documents, progress: Progress) -> list[
     return passages
 
 
-def _batch(loaded: Loaded, length: int) -> int:
+def default_batch(loaded: Loaded, length: int) -> int:
     """How many windows to take at a time, so that their logits fit."""
     device = loaded.device.type
     logits = min(LOGITS[device], free_memory(str(loaded.device)) // 4)

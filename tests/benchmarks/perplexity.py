@@ -17,7 +17,7 @@ import torch
 
 from downcycle import open_checkpoint
 from downcycle.eval.measure.loading import load
-from downcycle.eval.measure.perplexity import UNSCORED, _batch, batches, kept_only, token_losses
+from downcycle.eval.measure.perplexity import UNSCORED, batches, default_batch, kept_only, token_losses
 from downcycle.eval.measure.text import read_documents
 from downcycle.eval.measure.windows import to_passages, to_windows
 
@@ -38,7 +38,7 @@ def main() -> None:
     passages = to_passages(loaded.tokenizer, read_documents(None, options.documents).texts)
     tokenizing = time.perf_counter() - began
     windows = list(to_windows(passages, length, options.stride or length // 2))
-    batch = options.batch or _batch(loaded, length)
+    batch = options.batch or default_batch(loaded, length)
     made = [(ids, targets) for _, ids, targets in batches(passages, windows, batch, loaded.device)]
 
     def first_scored(targets: torch.Tensor) -> int:

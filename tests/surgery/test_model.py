@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM  # noqa: E402
 
-from downcycle import keep_layers, load_model, open_checkpoint, write  # noqa: E402
+from downcycle import DowncycleError, keep_layers, load_model, open_checkpoint, write  # noqa: E402
 from downcycle.surgery.checkpoint import Tensor  # noqa: E402
 
 TOKENS = torch.arange(1, 13)[None]
@@ -69,3 +69,11 @@ def test_computed_tensors_are_computed(parent):
     tensor = Tensor("F32", (32,), lambda: [doubled[:50], doubled[50:]])
     child = replace(checkpoint, tensors={**checkpoint.tensors, name: tensor})
     assert load_model(child).model.norm.weight.tolist() == [2.0] * 32
+
+
+def test_weights_that_are_missing_are_not_made_up(make, tmp_path):
+    make(tmp_path / "m", layers=2)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    less = {name: tensor for name, tensor in checkpoint.tensors.items() if "layers.1.mlp" not in name and "lm_head" not in name}
+    with pytest.raises(DowncycleError, match=r"lacks lm_head.weight, model.layers.1.mlp.down_proj.weight, .* and 1 more, which a Llama"):
+        load_model(replace(checkpoint, tensors=less))
