@@ -8,28 +8,30 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
 from ..surgery.checkpoint import Checkpoint, open_checkpoint, split_revision
 from ..surgery.errors import DowncycleError
 from .benchmarks.harness import require_lm_eval
 from .benchmarks.tasks import Task, parse_tasks, task_key
 from .cache import keep, keep_results, key_of, recall
-from .content import content_digest
+from .content import cache_folder, content_digest
 from .machine import gpu_names, machine_words
+from .measure.loading import LOADS, Loaded, load
+from .measure.perplexity import check_windows, perplexity
+from .measure.speed import measure_speed
 from .measure.text import Documents, read_documents
 from .origin import HEALED, PARENT, UNKNOWN, origin_of, training_folder, training_log
 from .results import ModelResult, Perplexity, Results, Score, Speed
 
-if TYPE_CHECKING:
-    from .measure.loading import Loaded
-
+TURNS = 2
 PACKAGES = ("downcycle", "torch", "transformers", "bitsandbytes", "lm_eval")
 Measured = dict[str, Any]  # by key
 Progress = Callable[[str, int, int], None]  # what is being done, how much is, of how much (0: unknown)
@@ -90,6 +92,9 @@ def evaluate(
     Raises:
         DowncycleError: what cannot be opened, loaded or measured; says why.
     """
+    check_windows(length, stride, batch)
+    if load not in LOADS:
+        raise DowncycleError(f"--load {load}: choose one of {', '.join(LOADS)}")
     plan = Plan(
         tuple(read_documents(text, limit) for text in texts),
         tuple(parse_tasks(tasks)) if tasks else (),
@@ -103,11 +108,15 @@ def evaluate(
     )
     subjects = _subjects(models, trust_remote_code, progress)
     side_by_side = key_of("speed", sorted(subject.content for subject in subjects), machine_words(), plan.how)
-    fresh = any(recall(subject.content, side_by_side) is None for subject in subjects)
-    measured = [_measure(subject, plan, side_by_side, fresh, progress) for subject in subjects]
-    described = [_describe(subject, known, plan, side_by_side) for subject, known in zip(subjects, measured, strict=True)]
+    speeds = [recall(subject.content, side_by_side) for subject in subjects]
+    if None in speeds:
+        speeds = [asdict(speed) for speed in _race(subjects, plan, progress)]
+        for subject, speed in zip(subjects, speeds, strict=True):
+            keep(subject.content, side_by_side, speed)
+    measured = [_measure(subject, plan, progress) for subject in subjects]
+    described = [_describe(subject, plan, known, speed) for subject, known, speed in zip(subjects, measured, speeds, strict=True)]
     versions = {name: release for name in PACKAGES if (release := _version(name))}
-    results = Results(_with_roles(described), machine_words(), versions, time.strftime("%Y-%m-%d"))
+    results = Results(_with_roles(described), machine_words(), versions, time.strftime("%Y-%m-%d"), limit)
     keep_results(results)
     return results
 
@@ -125,45 +134,56 @@ def _subjects(models: Sequence[str], trust_remote_code: bool, progress: Progress
     return subjects
 
 
-def _measure(subject: Subject, plan: Plan, side_by_side: str, fresh: bool, progress: Progress) -> Measured:
-    """Return what is measured of a model, by key; it is loaded, once, if anything is not known yet."""
-    jobs = _jobs(subject, plan, side_by_side, progress)
-    known = {key: recall(subject.content, key) for key in jobs}
-    if fresh:
-        known[side_by_side] = None
-    if missing := [key for key in jobs if known[key] is None]:
-        from .measure.loading import load
+def _race(subjects: Sequence[Subject], plan: Plan, progress: Progress) -> Iterator[Speed]:
+    """Measure the speed of all models in turn, and once more in turn, so that what else the machine does falls on each of them.
 
+    The peak is that of the turn that held less: in the other, libraries took memory for the first time.
+    """
+    speeds: list[list[Speed]] = [[] for _ in subjects]
+    for turn in range(TURNS):
+        for subject, own in zip(subjects, speeds, strict=True):
+            say = partial(_told, progress, f"{subject.name}, turn {turn + 1}")
+            own.append(measure_speed(_load(subject, plan, progress), progress=say))
+            gc.collect()
+    for own in speeds:
+        middle = {name: median(getattr(speed, name) for speed in own) for name in ("prefill_rate", "decode_rate")}
+        yield replace(own[0], **middle, peak_bytes=min(speed.peak_bytes for speed in own), runs=sum(speed.runs for speed in own))
+
+
+def _measure(subject: Subject, plan: Plan, progress: Progress) -> Measured:
+    """Return what is measured of a model, by key; it is loaded, once, if anything is not known yet."""
+    jobs = _jobs(subject, plan, partial(_told, progress, subject.name))
+    known = {key: recall(subject.content, key) for key in jobs}
+    if missing := [key for key in jobs if known[key] is None]:
         if any(_task_key(plan, task) in missing for task in plan.tasks):
             require_lm_eval()
-
-        progress(f"loading {subject.name}", 0, 0)
-        loaded = load(subject.checkpoint, plan.load, offload=plan.offload, trust_remote_code=plan.trust_remote_code)
+        loaded = _load(subject, plan, progress)
         for key in missing:
             known[key] = jobs[key](loaded)
-            keep(subject.content, key, known[key])
+            if not keep(subject.content, key, known[key]):
+                progress(f"{cache_folder()} cannot be written: nothing that is measured is kept", 0, 0)
         del loaded
         gc.collect()
     return known
 
 
-def _jobs(subject: Subject, plan: Plan, side_by_side: str, progress: Progress) -> dict[str, Callable[[Loaded], Any]]:
+def _load(subject: Subject, plan: Plan, progress: Progress) -> Loaded:
+    progress(f"loading {subject.name}", 0, 0)
+    return load(subject.checkpoint, plan.load, offload=plan.offload, trust_remote_code=plan.trust_remote_code)
+
+
+def _told(progress: Progress, name: str, what: str, done: int, total: int) -> None:
+    progress(f"{name}, {what}", done, total)
+
+
+def _jobs(subject: Subject, plan: Plan, say: Progress) -> dict[str, Callable[[Loaded], Any]]:
     """What there is to measure: for each key, a function of the loaded model that gives a value for JSON."""
-
-    def say(what: str, done: int, total: int) -> None:
-        progress(f"{subject.name}, {what}", done, total)
-
-    jobs: dict[str, Callable[[Loaded], Any]] = {
-        _key(plan, "loaded"): lambda loaded: {"load": _dtype(loaded), "device": loaded.device.type},
-        side_by_side: lambda loaded: _speed(loaded, say),
-    }
+    jobs: dict[str, Callable[[Loaded], Any]] = {_key(plan, "loaded"): lambda loaded: {"load": _dtype(loaded), "device": loaded.device.type}}
     jobs |= {_text_key(plan, text): partial(_perplexity, text, plan, say) for text in plan.texts}
     return jobs | {_task_key(plan, task): partial(_scores, task, plan, subject, say) for task in plan.tasks}
 
 
 def _perplexity(text: Documents, plan: Plan, say: Progress, loaded: Loaded) -> dict[str, Any]:
-    from .measure.perplexity import perplexity
-
     return asdict(perplexity(loaded, text, length=plan.length, stride=plan.stride, batch=plan.batch, progress=say))
 
 
@@ -171,12 +191,6 @@ def _scores(task: Task, plan: Plan, subject: Subject, say: Progress, loaded: Loa
     from .benchmarks.run import run_task
 
     return [asdict(score) for score in run_task(loaded, task, limit=plan.limit, batch=plan.batch, content=subject.content, progress=say)]
-
-
-def _speed(loaded: Loaded, say: Progress) -> dict[str, Any]:
-    from .measure.speed import measure_speed
-
-    return asdict(measure_speed(loaded, progress=say))
 
 
 def _dtype(loaded: Loaded) -> str:
@@ -201,10 +215,10 @@ def _task_key(plan: Plan, task: Task) -> str:
     return _key(plan, "task", task_key(task, plan.limit))
 
 
-def _describe(subject: Subject, known: Measured, plan: Plan, side_by_side: str) -> ModelResult:
+def _describe(subject: Subject, plan: Plan, known: Measured, speed: dict[str, Any]) -> ModelResult:
     """Put together what is known of a model."""
     checkpoint, origin = subject.checkpoint, origin_of(subject.checkpoint)
-    texts = (replace(Perplexity(**known[_text_key(plan, text)]), text=_shown(text.name)) for text in plan.texts)
+    texts = (replace(Perplexity(**known[_text_key(plan, text)]), text=_shown(text, plan.limit)) for text in plan.texts)
     training = training_folder(checkpoint, Path(checkpoint.name) if not checkpoint.revision else None)
     return ModelResult(
         name=subject.name,
@@ -219,14 +233,15 @@ def _describe(subject: Subject, known: Measured, plan: Plan, side_by_side: str) 
         kept=origin.kept,
         perplexity=tuple(texts),
         scores=tuple(Score(**score) for task in plan.tasks for score in known[_task_key(plan, task)]),
-        speed=Speed(**known[side_by_side]),
+        speed=Speed(**speed),
         training=training_log(training) if training else (),
     )
 
 
-def _shown(text: str) -> str:
-    """A text's name without the folders of this machine."""
-    return Path(text).name if os.path.exists(os.path.expanduser(text)) else text
+def _shown(text: Documents, limit: int | None) -> str:
+    """A text's name without the folders of this machine, and how much of it was read where that may not be all."""
+    name = Path(text.name).name if os.path.exists(os.path.expanduser(text.name)) else text.name
+    return f"{name}, first {limit} document{'s' if limit != 1 else ''}" if limit == len(text.texts) else name
 
 
 def _with_roles(models: Sequence[ModelResult]) -> tuple[ModelResult, ...]:

@@ -111,12 +111,16 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Results:
-    """Models measured side by side; the first is what the others are compared with. machine: in words. versions: of packages."""
+    """Models measured side by side; the first is what the others are compared with. machine: in words. versions: of packages.
+
+    limit: how many examples of each benchmark and documents of each text were taken at most; None: all.
+    """
 
     models: tuple[ModelResult, ...]
     machine: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    limit: int | None = None
 
     @property
     def baseline(self) -> ModelResult:
@@ -165,7 +169,7 @@ def parse_results(value: Mapping[str, Any]) -> Results:
     """Make the value of what `json` read."""
     if value["format"] != FORMAT or not value["models"]:
         raise ValueError(f"format {value['format']!r}")
-    return Results(tuple(map(_model, value["models"])), value["machine"], value["versions"], value["created"])
+    return Results(tuple(map(_model, value["models"])), value["machine"], value["versions"], value["created"], value["limit"])
 
 
 def _model(value: Mapping[str, Any]) -> ModelResult:

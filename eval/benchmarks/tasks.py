@@ -83,7 +83,9 @@ def _find(part: str) -> tuple[Task, ...]:
     if part in SUITES:
         return SUITES[part]
     name, shots = part, None
-    if match := re.fullmatch(r"(.+):([0-9]{1,3})", part):
+    if match := re.fullmatch(r"(.+):([^:/]*)", part):
+        if not re.fullmatch("[0-9]{1,3}", match[2]):
+            raise DowncycleError(f"--tasks {part}: {match[2]!r} is no number of shots; write it like {match[1]}:5")
         name, shots = match[1], int(match[2])
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser().absolute()
@@ -102,6 +104,6 @@ def _check_name(name: str) -> None:
     known = known_names()
     if name in known:
         return
-    near = difflib.get_close_matches(name, [*SUITES, *known], n=4)
+    near = difflib.get_close_matches(name, dict.fromkeys([*SUITES, *known]), n=4)
     advice = f"the nearest are {', '.join(near)}" if near else "`lm-eval ls tasks` lists them"
     raise DowncycleError(f"--tasks {name}: lm-eval {lm_eval_version()} knows no such task; {advice}")

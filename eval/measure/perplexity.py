@@ -67,7 +67,7 @@ def perplexity(
     """
     documents = text if isinstance(text, Documents) else read_documents(text)
     loaded = model if isinstance(model, Loaded) else _load(model, load, progress)
-    length, stride = _check_windows(loaded, length, stride, batch)
+    length, stride = _windows_for(loaded, length, stride, batch)
     passages = _passages(loaded, documents, progress)
     windows = list(to_windows(passages, length, stride))
     losses = _losses(loaded, passages, windows, batch or default_batch(loaded, length), progress)
@@ -79,16 +79,24 @@ def _load(checkpoint: Checkpoint, how: str, progress: Progress) -> Loaded:
     return load(checkpoint, how)
 
 
-def _check_windows(loaded: Loaded, length: int | None, stride: int | None, batch: int | None) -> tuple[int, int]:
-    """Return length and stride, or say why they cannot be."""
+def check_windows(length: int | None, stride: int | None, batch: int | None) -> None:
+    """Refuse windows that no model can take."""
+    given = {"length": length, "stride": stride, "batch": batch}
+    if wrong := [f"{name} {value}" for name, value in given.items() if value is not None and value < 1]:
+        raise DowncycleError(f"{', '.join(wrong)}: give numbers from 1, or leave them out")
+    if length is not None and stride is not None and stride > length:
+        raise DowncycleError(f"stride {stride}: windows of {length} tokens would leave some out; give at most {length}")
+
+
+def _windows_for(loaded: Loaded, length: int | None, stride: int | None, batch: int | None) -> tuple[int, int]:
+    """Return length and stride for a model, or say why they cannot be."""
+    check_windows(length, stride, batch)
     limit = positions(loaded.model.config)
     length = min(LENGTH, limit or LENGTH) if length is None else length
-    stride = max(1, length // 2) if stride is None else stride
-    if length < 1 or not 1 <= stride <= length or (batch is not None and batch < 1):
-        said = f"length {length}, stride {stride}" + (f", batch {batch}" if batch is not None else "")
-        raise DowncycleError(f"{said}: give a length and a batch from 1, and a stride from 1 to the length")
     if limit and length > limit:
         raise DowncycleError(f"length {length}: {loaded.checkpoint.name} has {limit} positions; give at most that many tokens")
+    stride = max(1, length // 2) if stride is None else stride
+    check_windows(length, stride, batch)
     return length, stride
 
 
@@ -104,7 +112,7 @@ def _passages(loaded: Loaded, documents: Documents, progress: Progress) -> list[
     passages = to_passages(loaded.tokenizer, documents.texts, advance)
     scored = sum(passage.scored for passage in passages)
     if scored < 2:
-        raise DowncycleError(f"{documents.name}: {scored} tokens of it can be scored, and at least two are needed; give a longer text")
+        raise DowncycleError(f"{documents.name}: only {scored} of its tokens can be scored, and two are needed; give a longer text")
     rows = vocabulary(loaded.model)
     if (highest := max(int(passage.ids.max()) for passage in passages if len(passage.ids))) >= rows:
         raise DowncycleError(

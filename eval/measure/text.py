@@ -16,6 +16,7 @@ from ...recipes.dataset.source import REPORT, read_fault
 from ...recipes.demo.corpus import read_text
 from ...surgery.checkpoint import DEMO_FOLDER
 from ...surgery.errors import DowncycleError
+from ...surgery.filenames import CONFIG
 
 BUILT_IN = "built-in held-out text"
 COLUMN = "text"
@@ -46,7 +47,7 @@ def read_documents(text: str | None = None, limit: int | None = None) -> Documen
         DowncycleError: there is no such text, or nothing in it that can be read.
     """
     if limit is not None and limit < 1:
-        raise DowncycleError(f"{limit} documents: give a number from 1, or none for all of them")
+        raise DowncycleError(f"limit {limit}: give a number from 1, or leave it out")
     name = BUILT_IN if text is None else text
     found = (_clean(one, name) for one in _documents(text))
     texts = tuple(islice((one for one in found if one.strip()), limit))
@@ -74,6 +75,8 @@ def _documents(text: str | None) -> Iterable[str]:
 
 def _folder(folder: Path) -> Iterator[str]:
     """Read the files of a folder in the order of their names, all of one kind: tables where there are any, else texts."""
+    if (folder / CONFIG).is_file():
+        raise DowncycleError(f"{folder}: holds a model, and no text; give the file or folder of a text")
     visible = [
         path for path in sorted(folder.rglob("*")) if path.is_file() and not any(p[0] == "." for p in path.relative_to(folder).parts)
     ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from downcycle import DowncycleError
-from downcycle.eval.cache import keep, keep_results, key_of, latest_results, recall
+from downcycle.eval.cache import best_results, keep, keep_results, key_of, recall
 from downcycle.eval.results import Logged, ModelResult, Perplexity, Results, Score, Speed, find_model, read_results, retained, write_results
 
 TEXT = Perplexity("a", "d1", 2.0, 0.1, 7.389, 0.9, 1000, 4000, 3, 2048, 1024)
@@ -54,21 +54,31 @@ def test_measurements_are_kept_by_content_and_key(cache):
     assert recall("c1", key_of("a", 1)) is None
 
 
+def kept(content):
+    return find_model(best_results(content), content, "kept")
+
+
 def test_a_later_comparison_of_the_same_models_adds_to_the_earlier_one():
     keep_results(RESULTS)
     other = replace(SCORE, task="hellaswag")
-    second = replace(RESULTS, models=tuple(replace(one, scores=(other,), perplexity=(), speed=None) for one in RESULTS.models))
-    keep_results(second)
-    for content, speed in (("c1", MODEL.speed), ("c2", None)):
-        model = find_model(latest_results(content), content, "latest")
-        assert ({one.task for one in model.scores}, model.perplexity, model.speed) == ({"arc", "hellaswag"}, (TEXT,), speed)
+    keep_results(replace(RESULTS, models=tuple(replace(one, scores=(other,), perplexity=()) for one in RESULTS.models)))
+    for content in ("c1", "c2"):
+        assert ({one.task for one in kept(content).scores}, kept(content).perplexity) == ({"arc", "hellaswag"}, (TEXT,))
 
 
-def test_a_later_comparison_with_other_models_or_another_dtype_takes_its_place():
+def test_a_quick_look_takes_no_thorough_one_s_place():
     keep_results(RESULTS)
-    keep_results(replace(RESULTS, models=(replace(MODEL, load="nf4", scores=()), RESULTS.models[1])))
-    assert find_model(latest_results("c1"), "c1", "latest").scores == ()
-    alone = Results((replace(MODEL, scores=(), speed=None),))
-    keep_results(alone)
-    assert latest_results("c1") == alone
-    assert len(latest_results("c2").models) == 2
+    keep_results(replace(RESULTS, limit=3))
+    quantised = replace(RESULTS, models=tuple(replace(one, load="nf4") for one in RESULTS.models))
+    keep_results(quantised)
+    keep_results(replace(quantised, models=(quantised.models[0],)))
+    assert best_results("c1") == RESULTS
+
+
+def test_of_equal_comparisons_the_last_is_taken_and_more_models_are_better():
+    assert best_results("c1") is None
+    keep_results(Results((MODEL,), created="later"))
+    keep_results(RESULTS)
+    assert best_results("c1") == RESULTS
+    keep_results(replace(RESULTS, created="later"))
+    assert best_results("c1").created == "later"

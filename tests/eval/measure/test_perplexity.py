@@ -169,8 +169,8 @@ def test_built_in_model_on_its_held_out_text():
         ({"length": 8, "stride": 9}, "length 8, stride 9: give"),
         ({"stride": 0}, "length 64, stride 0: give"),
         ({"batch": 0}, "batch 0: give"),
-        ({"text": documents(["x"])}, "given: 1 tokens of it can be scored, and at least two are needed"),
-        ({"text": documents([""])}, "given: 0 tokens of it can be scored"),
+        ({"text": documents(["x"])}, "given: only 1 of its tokens can be scored, and two are needed"),
+        ({"text": documents([""])}, "given: only 0 of its tokens can be scored"),
         ({"load": "fp4"}, "--load fp4: choose one of stored, bf16"),
     ],
 )

@@ -137,7 +137,7 @@ def test_refusals(tmp_path):
     assert "a folder without text" in refusal(tmp_path / "folder")
     assert "no such file or folder, and not a data set" in refusal(tmp_path / "missing.txt")
     assert refusal("").startswith("'': no such file")
-    assert "0 documents: give a number from 1" in refusal(tmp_path / "a.txt", 0)
+    assert "limit 0: give a number from 1" in refusal(tmp_path / "a.txt", 0)
 
 
 HUB_SCRIPT = """
