@@ -1,6 +1,7 @@
-"""Measure the throughput of perplexity beside a bare forward loop over the same batches, in turn. Prints a table, asserts nothing.
+"""Measure the throughput of perplexity beside a bare forward loop over the same batches, in turn, and how long `downcycle eval` takes the
+second time. Prints a table, asserts nothing.
 
-    python tests/benchmarks/perplexity.py [SRC] [--load bf16] [--length 1024] [--rounds 7]
+    python tests/benchmarks/evaluate.py [SRC] [--load bf16] [--length 1024] [--rounds 7]
 
 The bare loop asks the model for all its logits and looks at none. In brackets: a bare loop that asks for the logits of the scored
 columns only, as the measurement does; what is left between these two is the loss itself.
@@ -9,8 +10,13 @@ columns only, as the measurement does; what is left between these two is the los
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -72,6 +78,20 @@ def main() -> None:
         print(f"{name:<21} {tokens / median(times):>9,.0f} tokens/s   {median(ratios):.3f} x ({min(ratios):.3f}-{max(ratios):.3f})")
     closer = [bare / own for bare, own in zip(seconds["bare, scored columns"], seconds["perplexity"], strict=True)]
     print(f"perplexity, against scored columns only: {median(closer):.3f} x")
+    first, second = eval_twice(options.src)
+    print(f"`downcycle eval {options.src}`, whole process: {first:.1f} s, and {second:.2f} s the second time")
+
+
+def eval_twice(src: str) -> tuple[float, float]:
+    """Seconds that the command takes with an empty cache, and again."""
+    command = [str(Path(sys.executable).with_name("downcycle")), "eval", src, "--limit", "10"]
+    seconds = []
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(2):
+            began = time.perf_counter()
+            subprocess.run(command, env=os.environ | {"DOWNCYCLE_CACHE": cache}, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - began)
+    return seconds[0], seconds[1]
 
 
 if __name__ == "__main__":
