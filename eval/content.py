@@ -1,6 +1,6 @@
 """What a model computes with, as one SHA-256: equal for two copies, and another one when a single byte of it changes.
 
-Reads a file once, and not again while its size, time and inode stay. Needs no torch.
+Reads a file once, and not again while its size, times and inode stay. Needs no torch.
 """
 
 from __future__ import annotations
@@ -58,21 +58,23 @@ class _Files:
         self.known: dict[str, list[Any]] = {}
         self.done: dict[tuple[int, str], str] = {}
         with suppress(OSError, ValueError):
-            self.known = json.loads(self.memory.read_text())
+            found = json.loads(self.memory.read_text())
+            self.known = found if isinstance(found, dict) else {}
 
     def digest(self, span: Span) -> str:
-        """Return a file's digest; of one on the Hub, the one that it has there, without reading it."""
+        """Return a file's digest; of one of the Hub, the one that it has there, in the local cache or not, without reading it."""
         key = id(span.source), span.path
         if key not in self.done:
-            path = span.source.local_path(span.path)
+            path = None if span.source.revision else span.source.local_path(span.path)
             self.done[key] = self._local(path) if path else span.source.identity(span.path)
         return self.done[key]
 
     def _local(self, path: Path) -> str:
         real = os.path.realpath(path)
         status = os.stat(real)
-        sign = [status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev]
-        if (known := self.known.get(real)) and known[:-1] == sign:
+        sign = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
+        known = self.known.get(real)
+        if isinstance(known, list) and known[:-1] == sign:
             return str(known[-1])
         digest = sha256()
         with open(real, "rb", buffering=0) as file:

@@ -140,10 +140,11 @@ def _race(subjects: Sequence[Subject], plan: Plan, progress: Progress) -> Iterat
     The peak is that of the turn that held less: in the other, libraries took memory for the first time.
     """
     speeds: list[list[Speed]] = [[] for _ in subjects]
-    for turn in range(TURNS):
+    amount: Any = {"runs": 1, "prompt": 64, "generated": 4} if plan.offload else {}  # a token may take as long as reading all weights
+    for turn in range(1 if plan.offload else TURNS):
         for subject, own in zip(subjects, speeds, strict=True):
             say = partial(_told, progress, f"{subject.name}, turn {turn + 1}")
-            own.append(measure_speed(_load(subject, plan, progress), progress=say))
+            own.append(measure_speed(_load(subject, plan, progress), **amount, progress=say))
             gc.collect()
     for own in speeds:
         middle = {name: median(getattr(speed, name) for speed in own) for name in ("prefill_rate", "decode_rate")}
@@ -190,7 +191,8 @@ def _perplexity(text: Documents, plan: Plan, say: Progress, loaded: Loaded) -> d
 def _scores(task: Task, plan: Plan, subject: Subject, say: Progress, loaded: Loaded) -> list[dict[str, Any]]:
     from .benchmarks.run import run_task
 
-    return [asdict(score) for score in run_task(loaded, task, limit=plan.limit, batch=plan.batch, content=subject.content, progress=say)]
+    answers = f"{subject.content}-{key_of(plan.how)[:8]}"
+    return [asdict(score) for score in run_task(loaded, task, limit=plan.limit, batch=plan.batch, content=answers, progress=say)]
 
 
 def _dtype(loaded: Loaded) -> str:

@@ -5,9 +5,8 @@ What a Python module of it opens by itself is not seen.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from glob import glob
+from glob import glob, has_magic
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,7 @@ def _named(path: Path, config: dict[str, Any]) -> Iterator[Path]:
                 yield found
             elif found and key in FOLDERS:
                 yield from (file for file in sorted(found.rglob("*")) if file.is_file())
-            elif not found and "*" in text and os.sep in text:
+            elif not found and has_magic(text):
                 yield from (Path(name) for name in sorted(glob(text, recursive=True)) if Path(name).is_file())
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 import weakref
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...recipes.dataset.tokenizer import load_files
@@ -77,29 +78,14 @@ def load(
         options |= {"device_map": {"": place}} if place != "cpu" else {}
     elif place != "cpu" or not runs_from_file(checkpoint, how):
         options |= offload_options(place)
-    _warm_up()
-    held = start_peak(place)
-    model = _load(checkpoint, how, options)
-    peak = peak_memory(place) - held
     import torch
-
-    return Loaded(model, tokenizer, torch.device(place), how, checkpoint, held, peak)
-
-
-@cache
-def _warm_up() -> None:
-    """Run a model of next to no weights: what the libraries take once for a process is no part of any model's memory."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    sizes: Any = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
-    with torch.random.fork_rng(devices=[]):
-        tiny: Any = LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0, eos_token_id=None))
-    for dtype in (torch.float32, torch.bfloat16):
-        ids = torch.ones((1, 64), dtype=torch.int64)
-        tiny.to(dtype).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    held = start_peak(place)
+    model = _load(checkpoint, how, options)
+    peak = peak_memory(place) - held
+    return Loaded(model, tokenizer, torch.device(place), how, checkpoint, held, peak)
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -215,7 +201,10 @@ def _why_not(checkpoint: Checkpoint, how: str) -> str:
 def offload_options(device: str) -> dict[str, Any]:
     """Options by which accelerate spreads a model over GPUs, memory and disk; the folder is the caller's to delete."""
     cache_folder().mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="offload-", dir=cache_folder())
+    for left in cache_folder().glob("offload-*"):  # of runs that were killed
+        if not Path("/proc", left.name.split("-")[1]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=f"offload-{os.getpid()}-", dir=cache_folder())
     limits: dict[Any, int] = {"cpu": int(max(0, free_memory("cpu") - WORKING) / FRAGMENTED)}
     if device != "cpu":
         import torch

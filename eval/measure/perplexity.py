@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from ...surgery.checkpoint import Checkpoint
@@ -144,6 +145,9 @@ def _losses(loaded: Loaded, passages: Sequence[Passage], windows: Sequence[Windo
         except torch.OutOfMemoryError as error:
             said = f"{loaded.checkpoint.name}: {ids.shape[0]} windows of {ids.shape[1]} tokens do not fit into {loaded.device}'s memory"
             raise DowncycleError(f"{said}; give a smaller batch or length, or a smaller --load") from error
+        except (IndexError, RuntimeError, ValueError) as error:
+            said = f"{loaded.checkpoint.name}: fails on {ids.shape[1]} tokens ({' '.join(str(error).split())[:120]})"
+            raise DowncycleError(f"{said}; give a smaller --length, if it has fewer positions than its config says") from error
         if not bool(found.isfinite().all()):
             raise locate_fault(loaded.model, loaded.checkpoint, ids)
         for number, part in zip(numbers, found.split([windows[number].scored for number in numbers]), strict=True):
@@ -156,25 +160,31 @@ def _losses(loaded: Loaded, passages: Sequence[Passage], windows: Sequence[Windo
 def batches(
     passages: Sequence[Passage], windows: Sequence[Window], batch: int, device: Any
 ) -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
-    """Yield batches of windows of like length, the longest first: their numbers, ids and targets as `token_losses` takes them."""
-    order = sorted(range(len(windows)), key=lambda number: (-windows[number].length, windows[number].first - windows[number].start))
-    for start in range(0, len(order), batch):
-        numbers = tuple(order[start : start + batch])
-        yield numbers, *_tensors(passages, [windows[number] for number in numbers], device)
+    """Yield batches of windows of one length, the longest first: their numbers, ids and targets as `token_losses` takes them.
+
+    Nothing is padded: what some models say of a text depends on it, as where rotary factors or sparse attention follow the length.
+    """
+
+    def shape(number: int) -> tuple[int, int]:
+        return -windows[number].length, windows[number].first - windows[number].start
+
+    order = sorted(range(len(windows)), key=shape)
+    for _, group in groupby(order, lambda number: windows[number].length):
+        while numbers := tuple(islice(group, batch)):
+            yield numbers, *_tensors(passages, [windows[number] for number in numbers], device)
 
 
 def _tensors(passages: Sequence[Passage], windows: Sequence[Window], device: Any) -> tuple[Tensor, Tensor]:
-    """Return what windows read and what they predict, both [windows, tokens]; rows are filled up on the right, where nothing looks."""
+    """Return what windows of one length read and what they predict, both [windows, tokens]."""
     import numpy as np
     import torch
 
-    longest = max(window.length for window in windows)
-    ids, targets = np.empty((len(windows), longest), np.int64), np.full((len(windows), longest), UNSCORED, np.int64)
+    shape = len(windows), windows[0].length
+    ids, targets = np.empty(shape, np.int64), np.full(shape, UNSCORED, np.int64)
     for row, window in enumerate(windows):
         whole = passages[window.document].ids
-        ids[row, : window.length] = whole[window.start : window.stop]
-        ids[row, window.length :] = whole[window.stop - 1]
-        targets[row, window.first - window.start : window.length] = whole[window.first + 1 : window.stop + 1]
+        ids[row] = whole[window.start : window.stop]
+        targets[row, window.first - window.start :] = whole[window.first + 1 : window.stop + 1]
     return torch.from_numpy(ids).to(device), torch.from_numpy(targets).to(device)
 
 

@@ -82,12 +82,17 @@ def _run(loaded: Loaded, prompt: int, generated: int) -> tuple[float, float]:
     special, rows = set(loaded.tokenizer.all_special_ids), vocabulary(loaded.model)
     plain = torch.tensor([token for token in range(min(rows, len(loaded.tokenizer))) if token not in special])
     ids = plain[torch.randint(len(plain), (1, prompt), generator=torch.Generator().manual_seed(SEED))].to(loaded.device)
-    # `min` keeps it from ending early: what is left out here is taken from the model's own settings, its end-of-text token too.
-    lengths = {"max_new_tokens": generated + 1, "min_new_tokens": generated + 1}
-    settings = GenerationConfig(**lengths, do_sample=False, num_beams=1, pad_token_id=int(plain[0]))
+    settings = GenerationConfig(max_new_tokens=generated + 1, do_sample=False, pad_token_id=int(plain[0]))
     clock = _Clock()
     model: Any = loaded.model
-    with torch.inference_mode():
-        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+    own, model.generation_config = model.generation_config, GenerationConfig()  # what `settings` leaves open would come from the model's
+    try:
+        with torch.inference_mode():
+            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise DowncycleError(f"{loaded.checkpoint.name}: cannot write text, so its speed cannot be measured ({said})") from error
+    finally:
+        model.generation_config = own
     began, first, *_, last = clock.times
     return prompt / (first - began), generated / (last - first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BAR, GAP = 0.2, 0.16  # inches: the height of a bar, and what is between two groups
+BAR, GAP, LINE = 0.2, 0.16, 0.18  # inches: the height of a bar, what is between two groups, a line of a title
 GUTTER, BEHIND = 1.75, 1.25  # inches: for a group's title, and for the words behind its bars
 
 
@@ -68,8 +69,8 @@ def draw_panels(results: Results, what: str, panels: Sequence[Panel], width: flo
     if not panels:
         return None
     names, shown = labels(results), sorted({bar.model for panel in panels for bar in panel.bars})
-    head, left = (0.0, GUTTER) if width >= WIDE else (0.26, 0.05)
-    heights = [sum(_group_height(group, head) for group in panel.groups) + 0.06 for panel in panels]
+    left = GUTTER if width >= WIDE else 0.05
+    heights = [sum(_group_height(group, width) for group in panel.groups) + 0.06 for panel in panels]
     top = legend_height([names[i] for i in shown], width)
     figure = new_sheet(width, top + sum(heights) + 0.55 * len(panels), f"{what} of {join_words([names[i] for i in shown])}")
     add_legend(figure, [names[i] for i in shown], shown)
@@ -77,19 +78,35 @@ def draw_panels(results: Results, what: str, panels: Sequence[Panel], width: flo
         axes = add_axes(figure, left, top, width - left - 0.05, height)
         axes.set_ylim(height, 0)
         _scale(axes, panel, width - left - 0.05)
-        _draw_groups(axes, panel, head, width)
+        _draw_groups(axes, panel, width)
         top += height + 0.55
     return figure
 
 
-def _group_height(group: Group, head: float) -> float:
-    return head + max(BAR * len(group.bars), 0.0 if head else 0.36) + GAP
+def _title_lines(group: Group, width: float) -> list[str]:
+    """The lines of a group's title, two at most and the detail: one below the other in a gutter, or all in one where the title is above."""
+    if width >= WIDE:
+        lines = textwrap.wrap(shorten(group.title, 44), 23, max_lines=2, placeholder="…")
+        return [*lines, *([shorten(group.detail, 26)] if group.detail else [])]
+    length = int(width / 0.085)
+    text = ", ".join(filter(None, [group.title, group.detail]))
+    return textwrap.wrap(shorten(text, 2 * length - 8), length, max_lines=2, placeholder="…")
+
+
+def _head(group: Group, width: float) -> float:
+    """What a title takes above the bars, in inches."""
+    return 0.0 if width >= WIDE else LINE * len(_title_lines(group, width)) + 0.08
+
+
+def _group_height(group: Group, width: float) -> float:
+    beside = LINE * len(_title_lines(group, width)) if width >= WIDE else 0.0
+    return _head(group, width) + max(BAR * len(group.bars), beside) + GAP
 
 
 def _scale(axes: Axes, panel: Panel, width: float) -> None:
     """Set the axis, with room behind the longest bar for its words."""
     highest = max([bar.high for bar in panel.bars] + [group.chance or 0 for group in panel.groups])
-    lowest = min(bar.value for bar in panel.bars)
+    lowest = min([bar.low for bar in panel.bars if bar.value < 0], default=0.0)
     share = width / (width - BEHIND)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0, labelsize=SMALL)
@@ -111,15 +128,15 @@ def _scale(axes: Axes, panel: Panel, width: float) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_groups(axes: Axes, panel: Panel, head: float, width: float) -> None:
-    top, words = 0.06, axes.get_xlim()[1] * BEHIND / (width - (0.05 if head else GUTTER) - 0.05)
+def _draw_groups(axes: Axes, panel: Panel, width: float) -> None:
+    top, words = 0.06, axes.get_xlim()[1] * BEHIND / (width - (GUTTER if width >= WIDE else 0.05) - 0.05)
     for group in panel.groups:
-        height = _group_height(group, head) - GAP
-        _write_title(axes, group, top, height, head, width)
+        head, height = _head(group, width), _group_height(group, width) - GAP
+        _write_title(axes, group, top, height, width)
         start = top + head + (height - head - BAR * len(group.bars)) / 2
         for place, bar in enumerate(group.bars):
             middle = start + BAR * (place + 0.5)
-            draw_bar(axes, bar, middle, 1.0 if panel.log else 0.0)
+            draw_bar(axes, bar, middle, 1.0 if panel.log else 0.0, panel.limit)
             if group.chance and not bar.high < group.chance < bar.high + words:  # no line through words
                 axes.plot([group.chance] * 2, [middle - BAR / 2, middle + BAR / 2], color=INK, linewidth=1.2, linestyle=(0, (2, 1.5)))
         if group.chance:
@@ -127,22 +144,25 @@ def _draw_groups(axes: Axes, panel: Panel, head: float, width: float) -> None:
         top += height + GAP
 
 
-def _write_title(axes: Axes, group: Group, top: float, height: float, head: float, width: float) -> None:
-    if head:
-        text = ", ".join(filter(None, [group.title, group.detail]))
-        axes.text(0, top + 0.1, shorten(text, int(width / 0.085)), transform=axes.get_yaxis_transform(), va="center")
+def _write_title(axes: Axes, group: Group, top: float, height: float, width: float) -> None:
+    lines, place = _title_lines(group, width), axes.get_yaxis_transform()
+    if width < WIDE:
+        for number, line in enumerate(lines):
+            axes.text(0, top + 0.1 + LINE * number, line, transform=place, va="center")
         return
-    middle = top + height / 2
-    style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
-    axes.text(-0.02, middle - (0.08 if group.detail else 0), shorten(group.title, 22), **style)
-    axes.text(-0.02, middle + 0.1, shorten(group.detail, 26), size=SMALL - 0.5, alpha=0.75, **style)
+    for number, line in enumerate(lines):
+        look: dict[str, Any] = {"size": SMALL - 0.5, "alpha": 0.75} if group.detail and number == len(lines) - 1 else {}
+        middle = top + height / 2 + LINE * (number - (len(lines) - 1) / 2)
+        axes.text(-0.02, middle, line, transform=place, ha="right", va="center", **look)
 
 
-def draw_bar(axes: Axes, bar: Bar, middle: float, zero: float) -> None:
-    """Draw a bar, its whisker and its words."""
+def draw_bar(axes: Axes, bar: Bar, middle: float, zero: float, limit: float = math.inf) -> None:
+    """Draw a bar, its whisker and its words. A whisker ends where the axis begins and at the limit, there without a cap."""
     style: dict[str, Any] = {"color": colour_of(bar.model), "hatch": hatch_of(bar.model), "edgecolor": INK, "linewidth": 0}
     axes.barh(middle, bar.value - zero, height=BAR * 0.85, left=zero, **style)
+    low, high = max(bar.low, axes.get_xlim()[0]), min(bar.high, limit)
     if bar.high > bar.low:
-        axes.plot([max(bar.low, min(zero, bar.value)), bar.high], [middle, middle], color=INK, linewidth=1.1, solid_capstyle="butt")
-        axes.plot([bar.high] * 2, [middle - 0.04, middle + 0.04], color=INK, linewidth=1.1)
-    axes.annotate(bar.text, (max(bar.high, zero), middle), (4, 0), textcoords="offset points", va="center_baseline", size=SMALL)
+        axes.plot([low, high], [middle, middle], color=INK, linewidth=1.1, solid_capstyle="butt")
+        for end in (end for end in (bar.low, bar.high) if low <= end <= high):
+            axes.plot([end] * 2, [middle - 0.04, middle + 0.04], color=INK, linewidth=1.1)
+    axes.annotate(bar.text, (max(high, zero), middle), (4, 0), textcoords="offset points", va="center_baseline", size=SMALL)

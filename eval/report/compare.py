@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ...surgery.errors import DowncycleError
 from ...terminal import printable
-from ..origin import CUT_ONLY, HEALED, PARENT
+from ..origin import CUT_ONLY, HEALED, PARENT, UNKNOWN
 from ..results import Logged, ModelResult, Perplexity, Results, Score, Speed, retained
 
 Key = TypeVar("Key", bound=Hashable)
@@ -39,6 +39,11 @@ class ScoreRow:
     values: tuple[float | None, ...]
     stderrs: tuple[float | None, ...]
     tasks: int = 1
+
+    @property
+    def part(self) -> str:
+        """How much of each benchmark was used, where that may not be all: first 100."""
+        return f"first {self.limit:,}" if self.limit is not None and self.limit <= self.examples else ""
 
     def retained(self, index: int) -> float | None:
         """Return the share of the first model's score that a model has; None for what was not measured or is negative."""
@@ -143,6 +148,15 @@ def recovered(results: Results, index: int) -> float | None:
     return None
 
 
+def likely_parent(results: Results) -> int | None:
+    """Return which model has as many layers as the one that the first was cut from, and was not made here; None where none has."""
+    first = results.baseline
+    if first.role not in (CUT_ONLY, HEALED) or first.depth is None:
+        return None
+    found = (i for i, model in enumerate(results.models) if model.role in (PARENT, UNKNOWN) and model.layers == first.depth)
+    return next(found, None)
+
+
 def _identity(score: Score) -> tuple[Hashable, ...]:
     return score.group, score.task, score.metric, score.shots, score.limit, score.version, score.higher_is_better
 
@@ -187,7 +201,7 @@ def _average(group: str, suite: list[ScoreRow]) -> list[ScoreRow]:
             group=group,
             shots=None,
             examples=sum(row.examples for row in rows),
-            limit=rows[0].limit,
+            limit=next((row.limit for row in rows if row.part), None),
             version="",
             higher_is_better=True,
             chance=_mean([row.chance for row in rows]),

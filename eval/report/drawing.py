@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDE, NARROW = 9.0, 3.9  # inches: a page, a phone
+MARGIN = 0.15  # inches: of a PNG, which may stand on any page
 # Of Okabe and Ito's colours, and between them, those that differ from white and from a dark page by a contrast of 3 or more.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#c06c9b", "#a88200", "#3391cf", "#808080")
 HATCHES = ("", "////", "....", "xxxx")  # tell the eighth model from the first
@@ -131,9 +132,12 @@ def axis_top(highest: float) -> float:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, 160 pixels to the inch, on white; the same figure gives the same bytes."""
+    """Write a figure as a PNG with a margin, 160 pixels to the inch, on white; the same figure gives the same bytes."""
     with plain_style():
-        figure.savefig(path, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        from matplotlib.transforms import Bbox
+
+        sheet = Bbox.from_bounds(0, 0, *figure.get_size_inches()).padded(MARGIN)
+        figure.savefig(path, format="png", dpi=160, facecolor="white", bbox_inches=sheet, metadata={"Software": None})
 
 
 def to_svg(figure: Figure) -> str:

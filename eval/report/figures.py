@@ -37,7 +37,8 @@ def layer_map(results: Results, width: float = WIDE) -> Figure | None:
     across = -(-depth // -(-depth // (42 if width >= WIDE else 16)))  # layers in a line, in lines of about the same length
     cell = min(0.5, (width - 0.04) / across)
     heads = [_kept_words(model) for _, model in rows]
-    head = 0.32 if all(len(names[i]) + len(words) < width / 0.092 for (i, _), words in zip(rows, heads, strict=True)) else 0.5
+    end = 0.02 + cell * across
+    head = 0.32 if all(len(names[i]) + len(words) < end / 0.092 for (i, _), words in zip(rows, heads, strict=True)) else 0.5
     height = sum(head + CELL * -(-(model.depth or model.layers) // across) + BELOW for _, model in rows)
     figure = new_sheet(width, height, f"Layers kept and dropped by {join_words([names[i] for i, _ in rows])}")
     axes = add_axes(figure, 0, 0, width, height)
@@ -46,7 +47,7 @@ def layer_map(results: Results, width: float = WIDE) -> Figure | None:
     top = 0.0
     for (index, model), words in zip(rows, heads, strict=True):
         axes.text(0.02, top + 0.17, shorten(names[index], int(width / 0.1)), weight="bold", va="center")
-        where = {"x": width - 0.02, "y": top + 0.17, "ha": "right"} if head < 0.5 else {"x": 0.02, "y": top + 0.36}
+        where = {"x": end, "y": top + 0.17, "ha": "right"} if head < 0.5 else {"x": 0.02, "y": top + 0.36}
         axes.text(**where, s=words, size=SMALL, va="center", alpha=0.8)
         top += head
         kept = _counts(model)
@@ -155,8 +156,8 @@ def _score_group(row: ScoreRow) -> Group:
             text = f"{write_score(value, row.percent)}{f' · {share}' if share else ''}"
             bars.append(Bar(index, scale * value, scale * (value - (stderr or 0)), scale * (value + (stderr or 0)), text))
     shots = "" if row.shots is None else "1 shot" if row.shots == 1 else f"{row.shots} shots"
-    detail = f"{row.group}, {row.tasks} tasks" if row.tasks > 1 else shots
-    return Group(row.title, detail, tuple(bars), None if row.chance is None else scale * row.chance)
+    words = [row.group, row.part or f"{row.tasks} tasks"] if row.tasks > 1 else [shots, row.part]
+    return Group(row.title, ", ".join(filter(None, words)), tuple(bars), None if row.chance is None else scale * row.chance)
 
 
 def _text_group(row: TextRow) -> Group:

@@ -24,6 +24,11 @@ def write_score(value: float, percent: bool) -> str:
     return f"{100 * value:.1f}" if percent else write_figure(value)
 
 
+def write_chance(chance: float, percent: bool) -> str:
+    """Write what guessing gives, without a decimal that says nothing: 25."""
+    return write_score(chance, percent).removesuffix(".0")
+
+
 def write_spread(value: float, stderr: float | None, percent: bool, sign: str = "±") -> str:
     """Write a score with its standard error, where it has one: 59.2 ± 1.4."""
     return write_score(value, percent) + ("" if stderr is None else f" {sign} {write_score(stderr, percent)}")

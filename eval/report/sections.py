@@ -10,7 +10,7 @@ from ..results import ModelResult, Perplexity, Results
 from .compare import ScoreRow, averages, finite_losses, labels, score_rows, text_rows
 from .drawing import colour_of
 from .loss_curve import ROWS, loss_rows
-from .numbers import join_words, write_count, write_figure, write_share, write_spread
+from .numbers import join_words, write_chance, write_count, write_figure, write_share, write_spread
 from .summary import kept_words
 
 NONE = "–"
@@ -29,7 +29,7 @@ def summary_table(results: Results) -> str:
         ("Size of the tensors", [_with_share(format_bytes(model.nbytes), model.nbytes, first.nbytes, i) for i, model in enumerate(models)]),
         ("Measured in", [_plain(f"{model.load} on {model.device}") for model in models]),
     ]
-    rows += [(f"Average score{_small(row.group)}", _score_cells(row)) for row in averages(results)]
+    rows += [(f"Average score{_small(', '.join(filter(None, [row.group, row.part])))}", _score_cells(row)) for row in averages(results)]
     for row in text_rows(results):
         rows.append((f"Perplexity{_small(row.text)}", [write_figure(one.perplexity) if one else NONE for one in row.models]))
         rows.append((f"Bits per byte{_small(row.text)}", [_bits(one) if one else NONE for one in row.models]))
@@ -157,11 +157,11 @@ def _score_cells(row: ScoreRow) -> list[str]:
 def _row_words(row: ScoreRow) -> str:
     """Under which conditions a benchmark was run."""
     if row.tasks > 1:
-        return f"{row.group}, {row.tasks} benchmarks"
+        return ", ".join(filter(None, [row.group, f"{row.tasks} benchmarks", row.part]))
     words = [row.metric, "" if row.shots is None else _count(row.shots, "shot"), f"{row.examples:,} examples"]
-    words += [f"limit {row.limit:,}"] if row.limit is not None else []
+    words += [row.part]
     words += [] if row.higher_is_better else ["lower is better"]
-    words += [f"chance {write_spread(row.chance, None, row.percent)}"] if row.chance else []
+    words += [f"chance {write_chance(row.chance, row.percent)}"] if row.chance else []
     return ", ".join(filter(None, words))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...surgery.choose import format_layers
 from ..results import ModelResult, Results
-from .compare import averages, labels, recovered, score_rows, text_rows
+from .compare import ScoreRow, averages, labels, recovered, score_rows, text_rows
 from .numbers import join_words, write_count, write_figure, write_score, write_share
 
 LISTED = 24  # signs of a list of layers; a longer one is left to the picture
@@ -36,7 +36,9 @@ def _alone(results: Results) -> str:
     model = results.baseline
     facts = [f"{labels(results)[0]} has {model.layers} layers and {write_count(model.parameters)} parameters"]
     facts += [
-        f"an average score of {write_score(row.values[0], True)} of 100" for row in averages(results)[:1] if row.values[0] is not None
+        f"an average score of {write_score(row.values[0], True)} of 100{_part_words(row, ' ({})')}"
+        for row in averages(results)[:1]
+        if row.values[0] is not None
     ]
     facts += [f"a perplexity of {write_figure(one.perplexity)} on {one.text}" for one in model.perplexity[:1]]
     return f"{join_words(facts)}."
@@ -65,6 +67,12 @@ def _score_words(results: Results, index: int) -> str:
     """The average of the first suite, or a benchmark that was run alone."""
     for row in averages(results) or score_rows(results)[:1]:
         if (share := row.retained(index)) is not None:
-            what = f"average score ({row.group})" if row.tasks > 1 else f"result on {row.title}"
+            average = f"average score ({row.group}{_part_words(row, ', {}')})"
+            what = average if row.tasks > 1 else f"result on {row.title}{_part_words(row, ' ({})')}"
             return f" and {write_share(share)} of its {what}"
     return ""
+
+
+def _part_words(row: ScoreRow, form: str) -> str:
+    """How many examples were used of each benchmark, where these may not be all."""
+    return form.format(f"{row.part} example{'' if row.limit == 1 else 's'}") if row.part else ""

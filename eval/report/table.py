@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, TextIO
 
 from ...terminal import format_bytes
 from ..results import ModelResult, Results
-from .compare import ScoreRow, TextRow, labels, score_rows, text_rows
-from .numbers import write_count, write_figure, write_share, write_spread
+from .compare import ScoreRow, TextRow, labels, likely_parent, score_rows, text_rows
+from .numbers import write_chance, write_count, write_figure, write_share, write_spread
 from .summary import kept_words
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-FIRST, COLUMN = 24, 17  # signs: the widest first column, the narrowest of a model with what parts it from the next
+FIRST, LEAST = 29, 24  # signs: the first column at most, and where models would else not fit
+COLUMN = 17  # signs: the narrowest column of a model with what parts it from the next
 
 
 def print_table(results: Results, file: TextIO | None = None, width: int | None = None) -> None:
@@ -24,7 +25,7 @@ def print_table(results: Results, file: TextIO | None = None, width: int | None 
 
     console = Console(file=file or sys.stdout, width=width, highlight=False, emoji=False, markup=False)
     sign = "±" if "utf" in (console.encoding or "").lower() else "+-"
-    fit = max(1, (console.width - FIRST) // COLUMN)
+    fit = max(1, (console.width - LEAST) // COLUMN)
     count = len(results.models)
     for start in range(0, count, fit):
         if start:
@@ -32,6 +33,8 @@ def print_table(results: Results, file: TextIO | None = None, width: int | None 
         console.print(table(results, range(start, min(start + fit, count)), sign))
     if count > 1:
         console.print(f"Percentages: of {labels(results)[0]}.", soft_wrap=True)
+    if said := _order_words(results):
+        console.print(said, soft_wrap=True)
 
 
 def table(results: Results, indices: Sequence[int] | None = None, sign: str = "±") -> Table:
@@ -67,23 +70,35 @@ def _rows(results: Results, sign: str) -> list[tuple[str, list[str]]]:
         ("measured in", [f"{model.load}, {model.device}" for model in models]),
     ]
     for text in text_rows(results):
-        rows += _text_lines(text)
+        rows += _text_lines(text, sign)
     rows += [(_score_title(row), _score_cells(row, sign)) for row in score_rows(results)]
     return rows + _speed_lines(models)
 
 
-def _text_lines(row: TextRow) -> list[tuple[str, list[str]]]:
+def _order_words(results: Results) -> str:
+    """Say that the first model's parent may stand behind it; nothing where none of the others can be that."""
+    place, names, first = likely_parent(results), labels(results), results.baseline
+    if place is None:
+        return ""
+    why = f"{names[0]} was cut from a model of {first.depth} layers, and {names[place]} has {first.depth}"
+    return f"{why}. If that is its parent, name it first: `downcycle eval` compares with the first."
+
+
+def _text_lines(row: TextRow, sign: str) -> list[tuple[str, list[str]]]:
     note = "" if row.comparable else " (tokenizers differ)"
     return [
         (f"perplexity, {row.text}{note}", [write_figure(one.perplexity) if one else "" for one in row.models]),
+        ("  loss, nats per token", [f"{one.loss:.4f} {sign}{one.stderr:.4f}" if one else "" for one in row.models]),
         ("  bits per byte", [f"{one.bits_per_byte:.4f}" if one else "" for one in row.models]),
     ]
 
 
 def _score_title(row: ScoreRow) -> str:
-    return (
-        f"average, {row.group}" if row.tasks > 1 else f"{row.title}, {row.metric}" + ("" if row.higher_is_better else " (less is better)")
-    )
+    words = ["average", row.group, row.part] if row.tasks > 1 else [row.title, row.metric, row.part]
+    title = ", ".join(filter(None, words)) + ("" if row.higher_is_better else " (less is better)")
+    chance = f"(chance {write_chance(row.chance, row.percent)})" if row.chance else ""
+    between = " " if len(f"{title} {chance}") <= FIRST else "\n"
+    return f"{title}{between}{chance}".rstrip()
 
 
 def _score_cells(row: ScoreRow, sign: str) -> list[str]:

@@ -161,13 +161,26 @@ def test_built_in_model_on_its_held_out_text():
     assert told[-1] == ("measuring the loss", found.tokens, found.tokens)
 
 
+def test_no_batch_changes_what_the_length_of_a_window_decides(tiny):
+    """Long windows get other rotary factors than short ones: a short one must not be filled up to a long one's length."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    window = {"original_max_position_embeddings": 16}
+    loaded = load(open_checkpoint(tiny("Phi3Config", rope_parameters=rope | window, pad_token_id=0, **window)), device="cpu")
+    texts = documents([LONG[0][:40], LONG[0][:300], LONG[0][5:45]])
+    one, many = (perplexity(loaded, texts, length=48, batch=batch).loss for batch in (1, 64))
+    assert many == pytest.approx(one, rel=1e-6)
+    ids = torch.arange(2, 30)[None]
+    whole, part = loaded.model(ids).logits[0, :10], loaded.model(ids[:, :10]).logits[0]
+    assert (whole - part).abs().max() > 1e-3  # else this would not be such a model
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"length": 65}, "length 65: .* has 64 positions"),
-        ({"length": 0}, "length 0, stride 1: give"),
-        ({"length": 8, "stride": 9}, "length 8, stride 9: give"),
-        ({"stride": 0}, "length 64, stride 0: give"),
+        ({"length": 0}, "length 0: give numbers from 1"),
+        ({"length": 8, "stride": 9}, "stride 9: windows of 8 tokens would leave some out"),
+        ({"stride": 0}, "stride 0: give numbers from 1"),
         ({"batch": 0}, "batch 0: give"),
         ({"text": documents(["x"])}, "given: only 1 of its tokens can be scored, and two are needed"),
         ({"text": documents([""])}, "given: only 0 of its tokens can be scored"),

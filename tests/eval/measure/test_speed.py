@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from transformers import GenerationConfig  # noqa: E402
+
 from downcycle import DowncycleError, open_checkpoint  # noqa: E402
 from downcycle.eval.measure.loading import load  # noqa: E402
 from downcycle.eval.measure.memory import held_memory, peak_memory, start_peak  # noqa: E402
@@ -38,6 +40,17 @@ def test_reads_and_writes_as_many_tokens_as_it_says(tiny):
 def test_lengths_are_cut_to_the_positions(tiny, prompt, generated, expected):
     speed = measure_speed(open_checkpoint(tiny()), prompt=prompt, generated=generated, runs=1)
     assert (speed.prompt, speed.generated) == expected
+
+
+@pytest.mark.parametrize("own", [{"stop_strings": ["a"]}, {"num_return_sequences": 2, "do_sample": True}, {"guidance_scale": 1.5}])
+def test_a_model_s_own_settings_of_writing_do_not_count(tiny, own):
+    loaded = load(open_checkpoint(tiny()), device="cpu")
+    seen = []
+    loaded.model.register_forward_pre_hook(lambda module, given, named: seen.append(named["input_ids"].shape), with_kwargs=True)
+    loaded.model.generation_config = before = GenerationConfig(**own)
+    measure_speed(loaded, prompt=8, generated=3, runs=1)
+    assert seen == [(1, 8), *[(1, 1)] * 3] * 2
+    assert loaded.model.generation_config is before
 
 
 PEAKS = """

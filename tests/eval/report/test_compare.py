@@ -7,7 +7,7 @@ import pytest
 
 from downcycle import DowncycleError
 from downcycle.eval.report.compare import averages, check_finite, labels, recovered, score_rows, text_rows
-from downcycle.eval.report.numbers import join_words, write_count, write_figure, write_share, write_spread
+from downcycle.eval.report.numbers import join_words, write_chance, write_count, write_figure, write_share, write_spread
 from downcycle.eval.report.summary import kept_words, summarise, title_of
 from downcycle.eval.results import Logged, Results, Score
 
@@ -125,6 +125,27 @@ def test_one_model_is_compared_with_nothing(made):
     ]
 
 
+def test_the_sentences_say_that_only_a_part_was_measured(made):
+    first, second = (
+        made.model(name, scores=(made.score("mmlu", value, limit=3), made.score("gsm8k", value, limit=3)))
+        for name, value in (("a", 0.5), ("b", 0.4))
+    )
+    assert summarise(Results((first, second))) == [
+        "b has 32 layers (100.0% of the parameters of a) and 80.0% of its average score (openllm, first 3 examples)."
+    ]
+    assert "an average score of 50.0 of 100 (first 3 examples)." in " ".join(summarise(Results((first,))))
+    single = [dataclasses.replace(model, scores=(dataclasses.replace(model.scores[0], limit=1),)) for model in (first, second)]
+    assert "and 80.0% of its result on MMLU (first 1 example)." in summarise(Results(tuple(single)))[0]
+
+
+def test_an_average_is_of_a_part_where_one_of_its_benchmarks_is(made):
+    scores = made.score("truthfulqa_mc2", 0.5, limit=1000), made.score("mmlu", 0.5, limit=1000)
+    rows = score_rows(Results((made.model("a", scores=scores),)))
+    assert [row.part for row in rows] == ["", "first 1,000", "first 1,000"]
+    rows = score_rows(Results((made.model("a", scores=tuple(dataclasses.replace(score, limit=20_000) for score in scores)),)))
+    assert [row.part for row in rows] == ["", "", ""]
+
+
 def test_repeated_layers_are_counted_once_and_said(made):
     solar = made.model("solar", "cut", (*range(24), *range(8, 32)), 32, parameters=10_700_000_000)
     assert kept_words(solar) == "32 of 32, 48 in all (0-23,8-31)"
@@ -181,6 +202,8 @@ def test_a_loss_that_is_no_number_becomes_none(made):
         (write_figure(7.2e10), "7.2e+10"),
         (write_spread(0.5921, 0.0144, True), "59.2 ± 1.4"),
         (write_spread(0.5921, None, True), "59.2"),
+        (write_chance(0.25, True), "25"),
+        (write_chance(1 / 3, True), "33.3"),
         (write_spread(14.2, 0.8, False, "+-"), "14.20 +- 0.80"),
         (join_words(["a", "b", "c"]), "a, b and c"),
     ],

@@ -167,6 +167,17 @@ def test_the_page_is_small_and_stands_alone(pages, sample):
     assert not re.search(r"\b(nan|inf|None|Infinity)\b", re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL))
 
 
+def test_a_part_of_a_benchmark_is_named_so(made):
+    scores = made.score("mmlu", 0.5, limit=3), made.score("gsm8k", 0.4, limit=3)
+    tables = Reader(page(Results((made.model("a", scores=scores),)))).tables
+    assert [row[0] for row in tables["benchmarks"][0][1:]] == [
+        "MMLU|acc, 5 shots, 14,042 examples, first 3, chance 25",
+        "GSM8K|exact_match, 5 shots, 1,319 examples, first 3",
+        "Average|openllm, 2 benchmarks, first 3",
+    ]
+    assert "Average score|openllm, first 3" in [row[0] for row in tables["summary"][0]]
+
+
 def test_sections_without_data_are_absent(made):
     bare = Results((made.model("a"), made.model("b", "cut", (0, 1), 32)))
     read = Reader(page(bare))
@@ -217,7 +228,7 @@ def test_everything_is_written_and_nothing_else(made, tmp_path):
 
 def test_a_second_report_replaces_its_own_files_only(made, tmp_path):
     write_report(Results(made.llama().models[2:]), tmp_path)
-    assert (tmp_path / "loss.png").exists()
+    assert (tmp_path / "loss.png").exists() and (tmp_path / "benchmarks.png").exists()
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "sub").mkdir()
     results = Results((made.model("a"), made.model("b", "cut", (0, 1), 32)))

@@ -28,11 +28,45 @@ def cells(text, title):
 def test_it_holds_what_was_measured(made):
     text = printed(made.llama(), 120)
     assert cells(text, "parameters") == ["8.03", "B", "6.29", "B", "78.3%", "6.29", "B", "78.3%"]
-    assert cells(text, "MMLU, acc") == ["66.7", "±0.4", "51.2", "±0.4", "76.8%", "58.8", "±0.4", "88.2%"]
+    assert cells(text, "MMLU, acc (chance 25)") == ["66.7", "±0.4", "51.2", "±0.4", "76.8%", "58.8", "±0.4", "88.2%"]
     assert cells(text, "average, openllm") == ["63.4", "±0.5", "39.1", "±0.4", "61.7%", "50.3", "±0.5", "79.3%"]
     assert cells(text, "perplexity, wikitext-2") == ["9.88", "2,287", "17.57"]
+    assert cells(text, "  loss, nats per token") == ["1.8150", "±0.0041", "5.1120", "±0.0041", "2.4940", "±0.0041"]
     assert cells(text, "decoding, tokens/s") == ["41.20", "52.82", "128.2%", "52.82", "128.2%"]
     assert text.endswith("Percentages: of Meta-Llama-3-8B.\n")
+
+
+def test_chance_is_said_where_guessing_scores(made):
+    text = printed(made.llama(), 120)
+    assert "HellaSwag, acc_norm " in text and text.count("(chance 25)") == 3 and text.count("(chance 50)") == 1
+    assert text.count("chance") == 4  # TruthfulQA's is not known, GSM8K's is nothing
+
+
+def test_a_part_of_a_benchmark_is_named_so(made):
+    part = Results((made.model("a", scores=(made.score("mmlu", 0.5, limit=3), made.score("gsm8k", 0.4, limit=3))),))
+    text = printed(part, 120)
+    assert cells(text, "MMLU, acc, first 3") == ["50.0", "±0.4"]
+    assert cells(text, "GSM8K, exact_match, first 3")[0] == "40.0" and cells(text, "average, openllm, first 3")[0] == "45.0"
+    assert text.count("first 3") == 3
+    assert "first" not in printed(Results((made.model("a", scores=(made.score("truthfulqa_mc2", 0.5, limit=818),)),)), 120)  # it has 817
+    assert "first" not in printed(made.llama(), 120)
+
+
+def test_a_parent_that_stands_behind_its_child_is_asked_for(made):
+    parent, cut, healed = made.llama().models
+    parent = dataclasses.replace(parent, role="model")
+    said = printed(Results((healed, cut, parent))).splitlines()[-1]
+    assert said == (
+        "Llama-3-6B-v0.1 was cut from a model of 32 layers, and Meta-Llama-3-8B has 32. If that is its parent, name it first: "
+        "`downcycle eval` compares with the first."
+    )
+
+
+def test_no_parent_is_asked_for_where_none_can_be_told(made):
+    parent, cut, healed = made.llama().models
+    deeper, whole = dataclasses.replace(parent, layers=40), dataclasses.replace(healed, kept=None, depth=None)
+    for models in [(parent, cut, healed), (cut, healed), (cut, deeper), (whole, parent), (cut, dataclasses.replace(parent, role="healed"))]:
+        assert printed(Results(models)).splitlines()[-1].startswith("Percentages: of ")
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
