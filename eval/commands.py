@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..recipes.commands import RECIPE
+from ..surgery.errors import DowncycleError
 from ..terminal import Json, Trust, format_bytes, parse_count, print_json, printable, progress_bar, stage_bar
 from .results import RESULTS, read_results, results_json
 
 if TYPE_CHECKING:
     from .publish.files import PushPlan
+    from .publish.push import Pushed
 
 
 def demo(
@@ -65,6 +67,8 @@ def eval_models(
     if report is not None:
         check_folder(report)
     count = None if limit is None else parse_count(limit, "--limit")
+    if count == 0:
+        raise DowncycleError("--limit 0: give 1 or more, or leave it out")
     with stage_bar(as_json) as say:
         results = evaluate(
             models,
@@ -125,8 +129,11 @@ def push(
 ) -> None:
     """Publish a folder on the Hub: what does not verify, holds secrets or breaks its licence's naming is refused."""
     from .publish.files import plan_push
+    from .publish.push import check_settings
     from .publish.push import push as push_plan
 
+    if not dry_run:
+        check_settings(revision)
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with progress_bar("verifying", weights, as_json) as advance:
         plan = plan_push(
@@ -145,10 +152,20 @@ def push(
         if as_json:
             print_json({"repo": repo, **planned, "pushed": None})
         return
-    pushed = push_plan(plan, private=private, revision=revision, quiet=as_json, say=lambda text: typer.echo(text, err=True))
+    try:
+        pushed = push_plan(plan, private=private, revision=revision, quiet=as_json, say=lambda text: typer.echo(text, err=True))
+    except KeyboardInterrupt as stopped:
+        typer.echo(f"downcycle: {str(stopped) or 'interrupted'}", err=True)
+        sys.stdout.flush()
+        os._exit(130)  # Python would wait for threads of huggingface_hub that wait to try again
     if as_json:
         print_json({"repo": repo, **planned, "pushed": asdict(pushed)})
-        return
+    else:
+        _print_pushed(pushed)
+
+
+def _print_pushed(pushed: Pushed) -> None:
+    """Say what the Hub holds now; its address is the answer."""
     if pushed.others:
         typer.echo(f"note: {len(pushed.others)} other files were there and stayed, such as {printable(pushed.others[0])}", err=True)
     seen = "private" if pushed.private else "public"

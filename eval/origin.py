@@ -1,6 +1,6 @@
 """Where a model comes from, as its downcycle.json says: its first parent, which of that one's layers are left, what was merged.
 
-Reads the lineage of a Checkpoint value; opens no parent.
+Reads the lineage of a Checkpoint value; opens no parent, and of adapters only what tells them apart.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes.training import has_history, history
-from ..surgery.checkpoint import Checkpoint
+from ..surgery.adapter.merge import adapter_fingerprint
+from ..surgery.checkpoint import Checkpoint, find_source
 from ..surgery.errors import DowncycleError
 from ..surgery.verify import MERGE
 from .results import Logged
@@ -32,6 +33,7 @@ class Step:
     rule: str = ""
     adapter: str = ""
     adapter_revision: str | None = None
+    adapter_fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,27 @@ def _step(link: Mapping[str, Any]) -> Step:
         rule=link.get("rule", ""),
         adapter=link.get("adapter", ""),
         adapter_revision=link.get("adapter_revision"),
+        adapter_fingerprint=link.get("adapter_fingerprint", ""),
     )
 
 
 def training_folder(checkpoint: Checkpoint, folder: Path | None = None) -> Path | None:
     """Return the output folder of the training that healed a model, where it is still on this machine.
 
-    That of the last adapter merged, or the model's own folder, where every weight was trained and it was saved there.
+    That of the last adapter merged, or the model's own folder, where every weight was trained and it was saved there. A folder that
+    another training was put into since then is neither.
     """
-    steps = origin_of(checkpoint).steps
-    places = [Path(step.adapter) for step in reversed(steps) if step.adapter and not step.adapter_revision]
+    places = (place for step in reversed(origin_of(checkpoint).steps) if (place := adapter_folder(step)))
     return next((place for place in (*places, *filter(None, [folder])) if has_history(place)), None)
+
+
+def adapter_folder(step: Step) -> Path | None:
+    """Return the folder that an adapter was merged from, where it holds that adapter still, by its config, names and shapes."""
+    if step.adapter and not step.adapter_revision:
+        with suppress(DowncycleError, OSError):
+            if adapter_fingerprint(find_source(place := Path(step.adapter).expanduser())) == step.adapter_fingerprint:
+                return place
+    return None
 
 
 def training_log(folder: Path) -> tuple[Logged, ...]:

@@ -36,6 +36,11 @@ def belongs(path: str, with_code: bool = False) -> bool:
     return any(fnmatch(path, pattern) and path.count("/") == pattern.count("/") for pattern in SMALL_FILES)
 
 
+def is_licence_text(path: str) -> bool:
+    """Whether a file at the top of a folder is the text of a licence, by its name."""
+    return "/" not in path and path.upper().startswith(("LICENSE", "LICENCE", "COPYING"))
+
+
 def leads_out(path: str) -> bool:
     """Whether a file of this name could lie outside the folder that it belongs to."""
     parts = PurePosixPath(path)

@@ -34,6 +34,7 @@ class Fault:
     body: bytes | None = None  # instead of the file's bytes
     drop_after: int | None = None  # bytes of the body after which the connection breaks
     take: int | None = None  # bytes of what the client sends after which it breaks
+    hold: threading.Event | None = None  # before the client's bytes are read, this is waited for
     pause: float = 0.0  # seconds before every 4 KiB of the body
     ignore_range: bool = False  # answer 200 with the whole file
     shift: int = 0  # serve a range that lies this many bytes further on
@@ -175,6 +176,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.requests.append(self.asked)
         self.fault = self.hub.next_fault(self.asked.path)
         length = int(self.headers["Content-Length"] or 0)
+        if self.fault.hold:
+            self.fault.hold.wait()
         self.asked.body = self.rfile.read(length if self.fault.take is None else min(length, self.fault.take))
         if self.fault.take is not None:
             self.close_connection = True

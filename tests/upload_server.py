@@ -68,6 +68,7 @@ class UploadServer(HubServer):
         self.objects: dict[str, bytes] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
         self.card_fault = ""
+        self.renamed: dict[str, str] = {}
         self.actions: list[tuple[str, Callable[[], object]]] = []
         super().__init__()
 
@@ -111,6 +112,9 @@ class UploadHandler(Handler):
         self.hub.act(self.asked.path)
         if self.asked.headers.get("authorization") != f"Bearer {self.hub.token}" and "/complete/" not in url.path:
             return error_answer(401, "", "Invalid credentials in Authorization header")
+        for old, new in self.hub.renamed.items():
+            if f"/{old}" in url.path:
+                return Answer(307, b"", {"Location": self.path.replace(f"/{old}", f"/{new}")})
         fixed = {"/api/repos/create": self._create, "/api/validate-yaml": self._validate}
         if url.path in fixed:
             return fixed[url.path]()

@@ -14,20 +14,22 @@ from typing import Any
 
 from ...surgery.checkpoint import Checkpoint, open_checkpoint
 from ...surgery.errors import DowncycleError
+from ...surgery.filenames import is_licence_text
 from ...surgery.naming import folder_name
-from ..cache import latest_results
+from ..cache import best_results
 from ..content import content_digest
 from ..results import RESULTS, Results, find_model
 from . import sections, training_text
-from .boilerplate import MACHINE, is_trainers, persons_words, portable
+from .boilerplate import is_trainers, persons_words, portable, written_by_trainer
 from .evaluation_text import evaluation
 from .facts import Facts, gather, gather_adapter, is_adapter, with_results
 from .front_matter import INDEX, FrontMatter, read_front_matter, remembered, unite, write_front_matter
-from .licences import known_licence, name_fault, notice
+from .licences import base_models, known_licence, name_fault, notice
 from .marks import Record, is_marked, put_record, splice, take_record
 from .metadata import make_metadata
 from .pictures import draw_pictures, found_pictures
 from .redact import scrub
+from .wording import plain
 
 README, NOTICE = "README.md", "NOTICE"
 # The sections of a card, in their order.
@@ -47,7 +49,7 @@ SECTIONS: dict[str, Callable[[Facts], str]] = {
 
 @dataclass(frozen=True)
 class CardWritten:
-    """What writing a card did. kept_by_hand: generated sections that a person changed or took out, and that were left so.
+    """What writing a card did. kept_by_hand: generated sections that a person changed or took out, and that were left so, and what else.
 
     missing: what is not known or not there, and what would help, a line each. pictures, notice: what was written beside the card.
     """
@@ -61,39 +63,16 @@ class CardWritten:
 
 @dataclass(frozen=True)
 class _Existing:
-    """A card that is there already: its metadata, its text without the record of the last run, and that record."""
+    """A card that is there already: its metadata, its text without the record of the last run, and that record.
+
+    is_trainers: the text is what a person may have written into a trainer's card.
+    """
 
     front: FrontMatter
     body: str
     record: Record
     line_end: str = "\n"
-
-
-def make_card(
-    checkpoint: Checkpoint,
-    name: str,
-    *,
-    folder: Path | None = None,
-    results: Results | None = None,
-    existing: str | None = None,
-    ask: bool = False,
-) -> str:
-    """Return a model's card.
-
-    Args:
-        name: under which it will be known, NAME or USER/NAME.
-        folder: where it lies, if it is written: its pictures, recipe and trainer's log count.
-        results: what was measured, of this model and of others beside it.
-        existing: the card that is there already; what a person wrote in it stays.
-        ask: whether the Hub may be asked for a parent's card; where it does not answer, less is known.
-    Raises:
-        DowncycleError: metadata that cannot be read, or results of other weights.
-    """
-    before = _read_existing(existing or "")
-    facts = gather(checkpoint, name, folder, before.front.data, ask=ask)
-    if results is not None:
-        facts = with_results(facts, results, find_model(results, content_digest(checkpoint), Path(RESULTS)))
-    return _write(_with_pictures(facts, folder), before)[0]
+    is_trainers: bool = False
 
 
 def write_card(folder: Path, results: Results | None = None, *, name: str | None = None, source: Path = Path(RESULTS)) -> CardWritten:
@@ -131,10 +110,10 @@ def write_card(folder: Path, results: Results | None = None, *, name: str | None
 
 
 def known_results(folder: Path) -> Results | None:
-    """Return the last comparison that a folder's model was in, as it is now; None for an adapter, or where it was never measured."""
+    """Return the comparison that says most of a folder's model as it is now; None for an adapter, or where it was never measured."""
     if is_adapter(folder):
         return None
-    return latest_results(content_digest(open_checkpoint(folder, trust_remote_code=True)))
+    return best_results(content_digest(open_checkpoint(folder, trust_remote_code=True)))
 
 
 def card_files(child: Checkpoint, target: str) -> dict[str, bytes]:
@@ -171,16 +150,15 @@ def _read_readme(path: Path) -> str:
 
 
 def _read_existing(text: str, path: Path = Path(README)) -> _Existing:
-    line_end = "\r\n" if "\r\n" in text else "\n"
+    line_end = "\r\n" if 2 * text.count("\r\n") > text.count("\n") else "\n"
     try:
         front = read_front_matter(text.replace("\r\n", "\n"))
         _check_index(front.data)
     except DowncycleError as error:
         raise DowncycleError(f"{path}: {error}") from error
     if not is_marked(front.body) and is_trainers(front.body):  # what a trainer wrote counts as written by the last run
-        data = portable(front.data)
-        written = Record((), {key: value for key, value in data.items() if key in MACHINE})
-        return _Existing(FrontMatter("", data, ""), persons_words(front.body), written, line_end)
+        data, words = portable(front.data, front.body), persons_words(front.body, front.data)
+        return _Existing(FrontMatter("", data, ""), words, Record((), written_by_trainer(data)), line_end, bool(words))
     body, record = take_record(front.body)
     return _Existing(front, body, record, line_end)
 
@@ -210,7 +188,8 @@ def _write(facts: Facts, before: _Existing, path: Path = Path(README), check: bo
     content = f"---\n{yaml}\n---\n\n{put_record(spliced.text.lstrip(chr(10)), record)}"
     if check:
         _validate(content, path)
-    return content.replace("\n", before.line_end), [*spliced.kept, *spliced.gone]
+    words = ["what was added to the trainer's card"] if before.is_trainers else []
+    return content.replace("\n", before.line_end), [*spliced.kept, *spliced.gone, *words]
 
 
 def _validate(content: str, path: Path) -> None:
@@ -247,12 +226,18 @@ def _missing(facts: Facts) -> list[str]:
     known = known_licence(facts.licence)
     if facts.licence is None:
         lines.append("licence: not known; give `license:` in the metadata of README.md")
-    if known and known.copy and not any(path.upper().startswith(("LICENSE", "LICENCE", "COPYING")) for path in facts.files):
-        lines.append(f"LICENSE: the {known.title} wants a copy of itself beside the model" + (f": {known.link}" if known.link else ""))
+    if known and known.copy and not any(map(is_licence_text, facts.files)):
+        wanted = f"LICENSE: the {known.title.partition(',')[0]} wants a copy of itself beside the model"
+        lines.append(f"{wanted}: {known.link}" if known.link else wanted)
     if fault := name_fault(facts.licence, facts.name):
         lines.append(f"name: {fault}")
+    doubtful = [("base_model", parent.doubtful) for parent in facts.parents if parent.doubtful and not base_models(facts.card)]
+    doubtful += [("datasets", text.doubtful) for text in (facts.training.texts if facts.training else ()) if text.doubtful]
+    said = facts.card.get("datasets") or []
+    for key, named in (one for one in dict.fromkeys(doubtful) if one[1] not in said):
+        lines.append(f"{key}: `{plain(named)}` may be a folder; if it is on the Hub, write it into README.md's metadata")
     if facts.is_healed and (facts.training is None or not facts.training.log):
-        lines.append("training: its output folder is not where it was, so that losses are not known")
+        lines.append("training: its output folder is not where it was, or holds another adapter, so that losses are not known")
     if facts.is_healed and (facts.training is None or not facts.training.recipe):
         lines.append("recipe: the YAML that it was trained with was not found")
     if facts.results is None and facts.adapter is None:

@@ -6,7 +6,6 @@ Opens what lies on this machine and reads small files; computes no digest, measu
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,13 +16,13 @@ from typing import Any
 from ...recipes.commands import RECIPE
 from ...surgery.checkpoint import DEMO, Checkpoint, file_bytes, open_checkpoint
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import INDEX, LINEAGE, SINGLE
+from ...surgery.filenames import INDEX, LINEAGE, SINGLE, is_licence_text
 from ...surgery.verify import MERGE
-from ..origin import HEALED, Origin, origin_of, training_folder
+from ..origin import HEALED, Origin, adapter_folder, origin_of, training_folder
 from ..report.compare import check_finite
 from ..results import ModelResult, Results
-from .licences import licence_in_card, licence_in_text
-from .parents import Parent, on_hub, open_sources, read_parent, read_parents
+from .licences import base_models, licence_in_card, licence_in_text, licence_of_id
+from .parents import Parent, open_sources, read_named, read_parent, read_parents
 from .redact import scrub
 from .training_record import Training, read_training
 
@@ -93,9 +92,10 @@ def gather(checkpoint: Checkpoint, name: str, folder: Path | None, own_card: Map
         parents = (near, *read_parents(origin, list(open_sources(base)), ask=ask, near=Path()))
     else:
         made = checkpoint.lineage
-        parents = read_parents(origin, list(open_sources(checkpoint)), ask=ask, near=folder.parent if folder else Path())
+        near_by = folder.parent if folder else Path()
+        parents = read_parents(origin, list(open_sources(checkpoint)), ask=ask, near=near_by)
         if not origin.steps and training and (named := training.config.get("base_model")) and isinstance(named, str):
-            parents = (_named_parent(named, ask),)
+            parents = (read_named(named, base_models(own_card), ask=ask, near=near_by),)
     return Facts(
         name=name,
         config=checkpoint.config,
@@ -126,9 +126,9 @@ def gather_adapter(folder: Path, name: str, own_card: Mapping[str, Any], *, ask:
         raise DowncycleError(f"{folder / ADAPTER}: no config of an adapter ({str(error)[:80]}); save the adapter again") from error
     base = _open_base(named, folder)
     origin = _origin(base) if base else Origin()
-    near = (_named_parent(named, ask, adapter.get("revision")),) if isinstance(named, str) and named else ()
+    near = (read_named(named, base_models(own_card), ask=ask, near=folder.parent),) if isinstance(named, str) and named else ()
     parents = (*near, *(read_parents(origin, list(open_sources(base)), ask=ask, near=folder.parent) if base else ()))
-    texts = [path.read_text(errors="replace") for path in sorted(folder.glob("LICEN[SC]E*")) if path.is_file()]
+    texts = [path.read_text(errors="replace") for path in sorted(folder.iterdir()) if is_licence_text(path.name) and path.is_file()]
     return Facts(
         name=name,
         origin=origin,
@@ -196,8 +196,7 @@ def _training(checkpoint: Checkpoint, origin: Origin, folder: Path | None) -> Tr
     merges = [step for step in origin.steps if step.operation == MERGE]
     output = training_folder(checkpoint, folder)
     if output is None and merges:
-        last = Path(merges[-1].adapter).expanduser()
-        output = last if not merges[-1].adapter_revision and last.is_dir() else None
+        output = adapter_folder(merges[-1])
     if output is None:
         return None
     beside = [Path(step.parent).expanduser() / RECIPE for step in reversed(merges) if step.revision is None and step.parent != DEMO]
@@ -223,24 +222,20 @@ def _open_base(named: Any, folder: Path | None) -> Checkpoint | None:
     return None
 
 
-def _named_parent(named: str, ask: bool, revision: Any = None) -> Parent:
-    """Describe a parent that a recipe or an adapter names, which does not say whether that is a folder or on the Hub."""
-    parent = read_parent(named, revision if isinstance(revision, str) else None, ask=ask)
-    if parent.hub_id or os.path.exists(os.path.expanduser(named)):
-        return parent
-    return on_hub(named, ask) or parent
-
-
 def _licence(texts: Iterable[str], own_card: Mapping[str, Any], parents: Iterable[Parent]) -> str | None:
-    """Say under which licence a model is: its nearest parent's that is known, that of its own texts, or what its card says already."""
-    found = next((parent.licence for parent in parents if parent.licence), None)
-    return found or next((one for text in texts if (one := licence_in_text(text))), None) or licence_in_card(own_card)
+    """Say under which licence a model is.
+
+    Its nearest parent's that is known, that of its own texts, that of what its card says it was made from, or what its card says.
+    """
+    found = [parent.licence for parent in parents]
+    found += [*map(licence_in_text, texts), *map(licence_of_id, base_models(own_card)), licence_in_card(own_card)]
+    return next(filter(None, found), None)
 
 
 def _legal_texts(checkpoint: Checkpoint) -> list[str]:
     texts = []
     for path, data in checkpoint.files.items():
-        if path.upper().startswith(("LICENSE", "LICENCE", "COPYING")):
+        if is_licence_text(path):
             with suppress(DowncycleError, OSError):
                 texts.append(file_bytes(data).decode(errors="replace"))
     return texts

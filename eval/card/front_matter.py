@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import takewhile
 from typing import Any
 
 from ...surgery.errors import DowncycleError
@@ -91,7 +92,7 @@ def write_front_matter(before: FrontMatter, data: Mapping[str, Any]) -> str:
     pieces = re.split(r"^(?=[^\s#\-}\]][^\n]*?:)", before.yaml.rstrip("\n") + "\n", flags=re.MULTILINE) if before.yaml else []
     lines, done = [], set()
     for piece in pieces:
-        found = re.match(r"([\"']?)([^\s\"':]+)\1\s*:", piece)
+        found = re.match(r"([\"']?)([^\s\"'][^\"'\n]*?)\1\s*:(?=\s)", piece)
         key = found[2] if found else None
         if key is None or key not in before.data:
             lines.append(piece)
@@ -103,8 +104,8 @@ def write_front_matter(before: FrontMatter, data: Mapping[str, Any]) -> str:
     lines += [_spell(key, value) for key, value in data.items() if key not in done]
     text = "".join(lines).rstrip("\n")
     try:
-        whole = yaml.safe_load(text) == dict(data)
-    except yaml.YAMLError:
+        whole = yaml.safe_load(text) == dict(data) and len(yaml.compose(text).value) == len(data)  # YAML takes a key twice without a word
+    except (yaml.YAMLError, ValueError):
         whole = False
     return text if whole else "".join(_spell(key, value) for key, value in data.items()).rstrip("\n")
 
@@ -117,8 +118,9 @@ def _spell(key: str, value: Any) -> str:
 
 def _comments_below(piece: str) -> str:
     """The comments and blank lines at the end of a key's lines: they belong to the next key."""
-    found = re.search(r"(?:^[ \t]*(?:#[^\n]*)?\n)*\Z", piece, re.MULTILINE)
-    return found[0] if found else ""
+    lines = piece.splitlines(keepends=True)
+    below = list(takewhile(lambda line: not line.strip() or line.lstrip(" \t").startswith("#"), reversed(lines)))
+    return "".join(reversed(below))
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -150,11 +152,10 @@ def _unite_index(before: Any, now: Any, ours: Any) -> Any:
 
 
 def _subject(result: Any) -> str:
-    """Which task and data set a result is of."""
+    """Which data set a result is of, and how it was measured."""
     data = result.get("dataset") if isinstance(result, dict) else None
-    return json.dumps(
-        [data.get(key) for key in ("type", "config", "split")] if isinstance(data, dict) else result, sort_keys=True, default=str
-    )
+    keys = ("type", "name", "config", "split", "args")
+    return json.dumps([data.get(key) for key in keys] if isinstance(data, dict) else result, sort_keys=True, default=str)
 
 
 def _digest(result: Any) -> str:

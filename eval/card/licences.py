@@ -128,6 +128,12 @@ def licence_of_id(hub_id: str) -> str | None:
     return next((licence.key for licence in LICENCES if licence.owners and re.fullmatch(licence.owners, hub_id)), None)
 
 
+def base_models(metadata: Mapping[str, Any]) -> list[str]:
+    """Return what a card's metadata says that the model was made from."""
+    named = metadata.get("base_model")
+    return [one for one in (named if isinstance(named, list) else [named]) if isinstance(one, str)]
+
+
 def name_fault(licence: str | None, name: str) -> str | None:
     """Say in one line why a model under a licence must not be called `name` (USER/ before it does not count); None where it may.
 
@@ -139,7 +145,8 @@ def name_fault(licence: str | None, name: str) -> str | None:
         return None
     last = name.rstrip("/").rpartition("/")[2]
     begin = re.escape(known.begins).replace(r"\ ", "[-_ ]?")
-    if re.match(rf"{begin}(?!\d)", last, re.IGNORECASE):
+    end = r"(?!\d)" if known.begins[-1].isdigit() else ""  # "Llama 32B" does not begin with "Llama 3"
+    if re.match(begin + end, last, re.IGNORECASE):
         return None
     example = known.begins.replace(" ", "-")
     return f"{last}: the {known.title.partition(',')[0]} asks for a name that begins with {known.begins!r}; call it {example}-…"

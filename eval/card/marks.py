@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-_SECTION = re.compile(r"<!-- downcycle:(\w+) ([0-9a-f]{16}) -->\n(.*?)\n?<!-- /downcycle:\1 -->", re.DOTALL)
-_RECORD = re.compile(r"\n*<!-- downcycle-record (.*?) -->\n?", re.DOTALL)
+_MARK = re.compile(r"<!-- (?:downcycle:(\w+) ([0-9a-f]{16}) -->\n|/downcycle:(\w+) -->)")
+_RECORD = re.compile(r"^<!-- downcycle-record (\{.*\}) -->$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,17 @@ class Record:
 
     sections: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A section that stands in a card: its name, the digest that its mark carries, its text, and where it begins and ends."""
+
+    name: str
+    digest: str
+    text: str
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -41,20 +52,21 @@ def wrap(name: str, text: str) -> str:
 
 def is_marked(body: str) -> bool:
     """Whether a card holds a generated section or a record of one."""
-    return bool(_SECTION.search(body) or _RECORD.search(body))
+    return bool(_sections(body) or _RECORD.search(body))
 
 
 def take_record(body: str) -> tuple[str, Record]:
-    """Return a card's text without its record, and the record; an empty one where it is missing or damaged."""
-    found = _RECORD.search(body)
-    if not found:
-        return body, Record()
-    rest = _RECORD.sub("\n", body)
+    """Return a card's text without its record, and the record: the last line that is one; a damaged one is text, and stays."""
+    found = None
+    for found in _RECORD.finditer(body):  # noqa: B007
+        pass
     try:
-        value = json.loads(found[1])
-        return rest, Record(tuple(map(str, value["sections"])), dict(value["metadata"]))
+        value = json.loads(found[1]) if found else {}
+        record = Record(tuple(map(str, value["sections"])), dict(value["metadata"]))
     except (ValueError, KeyError, TypeError):
-        return rest, Record()
+        return body, Record()
+    assert found
+    return f"{body[: found.start()].rstrip(chr(10))}\n{body[found.end() :].removeprefix(chr(10))}", record
 
 
 def put_record(body: str, record: Record) -> str:
@@ -62,11 +74,6 @@ def put_record(body: str, record: Record) -> str:
     value = {"sections": list(record.sections), "metadata": record.metadata}
     spelt = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).replace("<", "\\u003c").replace(">", "\\u003e")
     return f"{body.rstrip()}\n\n<!-- downcycle-record {spelt} -->\n"
-
-
-def section_in(body: str, name: str) -> str:
-    """Return what stands in a section, as it was written or as a person changed it; empty where there is none."""
-    return next((found[3] for found in _SECTION.finditer(body) if found[1] == name), "")
 
 
 def splice(body: str, sections: Mapping[str, str], order: Sequence[str], known: Sequence[str]) -> Spliced:
@@ -79,26 +86,43 @@ def splice(body: str, sections: Mapping[str, str], order: Sequence[str], known: 
     kept: list[str] = []
     there: list[str] = []
 
-    def renew(found: re.Match[str]) -> str:
-        name = found[1]
-        if name in there:
-            return found[0]  # a copy that a person made
-        there.append(name)
-        if _digest(found[3]) != found[2]:
-            kept.append(name)
-            return found[0]
-        return wrap(name, sections[name]) if name in sections else found[0]
-
-    text = _SECTION.sub(renew, body)
+    pieces, done = [], 0
+    for one in _sections(body):
+        if one.name not in there:  # else it is a copy that a person made
+            there.append(one.name)
+            changed = _digest(one.text) != one.digest
+            kept += [one.name] if changed else []
+            if not changed and one.name in sections:
+                pieces += [body[done : one.start], wrap(one.name, sections[one.name])]
+                done = one.end
+    text = "".join([*pieces, body[done:]])
     gone = [name for name in order if name in sections and name in known and name not in there]
     for name in (name for name in order if name in sections and name not in there and name not in gone):
         text = _insert(text, wrap(name, sections[name]), name, order)
     return Spliced(text, tuple(kept), tuple(gone))
 
 
+def _sections(body: str) -> list[_Section]:
+    """Find the sections of a card: from a mark that begins one to the next that ends it; half a pair of marks is text."""
+    marks = list(_MARK.finditer(body))
+    ends: dict[str, list[re.Match[str]]] = {}
+    for mark in reversed(marks):
+        if mark[3]:
+            ends.setdefault(mark[3], []).append(mark)  # the first of them last
+    found: list[_Section] = []
+    for mark in marks:
+        left = ends.get(mark[1], [])
+        while left and left[-1].start() < mark.end():
+            left.pop()
+        if mark[1] and left and (not found or mark.start() >= found[-1].end):
+            text = body[mark.end() : left[-1].start()].removesuffix("\n")
+            found.append(_Section(mark[1], mark[2], text, mark.start(), left[-1].end()))
+    return found
+
+
 def _insert(text: str, section: str, name: str, order: Sequence[str]) -> str:
     """Put a section behind the one that it follows, or before the one that follows it."""
-    places = {found[1]: found.span() for found in reversed(list(_SECTION.finditer(text)))}
+    places = {one.name: (one.start, one.end) for one in reversed(_sections(text))}
     before = [one for one in order[: order.index(name)] if one in places]
     if before:
         at = places[before[-1]][1]

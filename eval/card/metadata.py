@@ -9,18 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..report.compare import score_rows, text_rows
-from ..results import Perplexity, Score
+from ..results import Score
 from .facts import Facts
 from .front_matter import INDEX
 from .licences import known_licence
-from .parents import HUB_ID
 from .redact import is_path, name_of, scrub
-
-if TYPE_CHECKING:
-    from huggingface_hub.repocard_data import EvalResult
+from .training_record import HUB_ID
 
 RELATION = "finetune"  # of the Hub's four (adapter, merge, quantized, finetune) the one for other weights made from one parent's
 LLAMA_TAGS = {"llama2": "llama-2", "llama4": "llama-4"} | dict.fromkeys(["llama3", "llama3.1", "llama3.2", "llama3.3"], "llama-3")
@@ -156,16 +153,23 @@ def _tags(facts: Facts) -> list[str]:
 
 
 def _model_index(facts: Facts) -> list[dict[str, Any]]:
-    """Return the results as the Hub's `model-index`; only where there are any is huggingface_hub loaded."""
-    if not facts.results or not facts.measured or not (facts.measured.scores or facts.measured.perplexity):
-        return []
-    from huggingface_hub.repocard_data import eval_results_to_model_index
+    """Return the results as the Hub's `model-index`: an entry for each data set and way of measuring, with all that was measured so.
 
-    return eval_results_to_model_index(facts.title, list(_eval_results(facts)))
+    huggingface_hub's own `eval_results_to_model_index` puts different ways of measuring under the first one's name.
+    """
+    entries: list[dict[str, Any]] = []
+    for dataset, metric in _measured(facts):
+        same = next((one for one in entries if one["dataset"] == dataset), None)
+        if same:
+            same["metrics"].append(metric)
+        else:
+            task = {"type": "text-generation", "name": "Text Generation"}
+            entries.append({"task": task, "dataset": dataset, "metrics": [metric]})
+    return [{"name": facts.title, "results": entries}] if entries else []
 
 
-def _eval_results(facts: Facts) -> Iterator[EvalResult]:
-    """Yield what was measured of this model; scores of 0 to 1 in per cent, as the leaderboard gave them."""
+def _measured(facts: Facts) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield what was measured of this model as data set and metric; scores of 0 to 1 in per cent, as the leaderboard gave them."""
     if not facts.results or not facts.measured:
         return
     place = facts.results.models.index(facts.measured)
@@ -176,50 +180,35 @@ def _eval_results(facts: Facts) -> Iterator[EvalResult]:
         yield _score(score, percents[score.title, score.metric, score.shots, score.limit])
     for row in text_rows(facts.results):
         if one := row.models[place]:
-            yield from _perplexity(one)
+            text, args = plain_name(one.text), {"window": one.length, "stride": one.stride, "tokens": one.tokens}
+            for metric, value in (("perplexity", one.perplexity), ("bits_per_byte", one.bits_per_byte)):
+                yield _dataset(text, text, args=args), _metric(metric, value, metric.replace("_", " "))
 
 
-def _score(score: Score, percent: bool) -> EvalResult:
-    from huggingface_hub.repocard_data import EvalResult
-
+def _score(score: Score, percent: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     known = LEADERBOARD.get(score.task)
     shots = f" ({score.shots}-Shot)" if score.shots is not None else ""
     metric, _, kind = score.metric.partition(",")
     if score.task == "truthfulqa_mc2" and metric == "acc":
         metric = "mc2"
-    args: dict[str, Any] = {} if score.shots is None else {"num_few_shot": score.shots}
-    args |= {} if score.limit is None else {"limit": score.limit}
+    args = {"num_few_shot": score.shots, "limit": score.limit}
     name = METRICS.get(metric, metric) + (f" ({kind})" if kind not in ("", "none") else "")
-    return EvalResult(
-        task_type="text-generation",
-        task_name="Text Generation",
-        dataset_type=known.dataset if known else plain_name(score.task),
-        dataset_name=(known.name if known else plain_name(score.title)) + shots,
-        dataset_config=known.config if known else None,
-        dataset_split=known.split if known else None,
-        dataset_args=args or None,
-        metric_type=metric,
-        metric_name=name,
-        metric_value=round(100 * score.value, 2) if percent else float(f"{score.value:.6g}"),
+    dataset = _dataset(
+        known.dataset if known else plain_name(score.task),
+        (known.name if known else plain_name(score.title)) + shots,
+        config=known.config if known else None,
+        split=known.split if known else None,
+        args={key: value for key, value in args.items() if value is not None} or None,
     )
+    return dataset, _metric(metric, round(100 * score.value, 2) if percent else score.value, name)
 
 
-def _perplexity(one: Perplexity) -> Iterator[EvalResult]:
-    from huggingface_hub.repocard_data import EvalResult
+def _dataset(kind: str, name: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "type": kind} | {key: value for key, value in more.items() if value is not None}
 
-    text = plain_name(one.text)
-    values = {"perplexity": one.perplexity, "bits_per_byte": one.bits_per_byte}
-    for metric, value in values.items():
-        yield EvalResult(
-            task_type="text-generation",
-            task_name="Text Generation",
-            dataset_type=text,
-            dataset_name=text,
-            dataset_args={"window": one.length, "stride": one.stride, "tokens": one.tokens},
-            metric_type=metric,
-            metric_name=metric.replace("_", " "),
-            metric_value=float(f"{value:.6g}"),
-        )
+
+def _metric(kind: str, value: float, name: str) -> dict[str, Any]:
+    return {"type": kind, "value": float(f"{value:.6g}"), "name": name}
 
 
 def plain_name(text: str) -> str:

@@ -6,31 +6,34 @@ Opens a parent where it lies on this machine or was opened already; asks the Hub
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ...surgery.checkpoint import DEMO, DEMO_FOLDER, Checkpoint, Span, find_source, load_json
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import CONFIG, LINEAGE
+from ...surgery.filenames import CONFIG, LINEAGE, is_licence_text
 from ...surgery.sources import Source
 from ..origin import Origin
+from .boilerplate import is_trainers, portable
 from .front_matter import read_front_matter
 from .licences import licence_in_card, licence_in_text, licence_of_id
 from .redact import name_of
-from .training_record import LOCAL
+from .training_record import HUB_ID
 
 README = "README.md"
 LONGEST = 1 << 20  # bytes of a card or licence that are read
-HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/?$")  # a folder of the Hub's cache
 
 
 @dataclass(frozen=True)
 class Parent:
-    """What a model was made from. name: fit for publication; hub_id: where it is on the Hub, as far as known.
+    """What a model was made from. name: fit for publication; hub_id: where it is on the Hub, where that is sure.
+
+    doubtful: what it was called, where that may be a folder or an id of the Hub.
 
     card: metadata of its README.md. citations: BibTeX entries in it. licence: as licences.py calls it.
     """
@@ -38,6 +41,7 @@ class Parent:
     name: str
     hub_id: str | None = None
     revision: str | None = None
+    doubtful: str = ""
     card: Mapping[str, Any] = field(default_factory=dict)
     citations: tuple[str, ...] = ()
     licence: str | None = None
@@ -66,15 +70,20 @@ def read_parent(place: str, revision: str | None, source: Source | None = None, 
     )
 
 
-def on_hub(named: str, ask: bool) -> Parent | None:
-    """Describe a parent by its Hub id, where what was named can only be one: two parts, the first no folder of a project."""
-    if not re.fullmatch(HUB_ID, named) or named.partition("/")[0].lower() in LOCAL or Path(named.partition("/")[0]).exists():
-        return None
-    source = None
-    with suppress(DowncycleError, OSError):
-        source = find_source(named) if ask else None
-    card, citations = _card(source)
-    return Parent(named, named, None, card, citations, licence_in_card(card) or _licence_file(source) or licence_of_id(named))
+def read_named(named: str, bases: Collection[str], *, ask: bool, near: Path) -> Parent:
+    """Describe a parent that a recipe or an adapter names, which does not say whether that is a folder or on the Hub.
+
+    Args:
+        bases: what the model's own card says that it was made from. ask: whether the Hub may be asked if it has such a repo.
+    """
+    source = _open(named, None, ask, near)
+    if source is None and ask and re.fullmatch(HUB_ID, named):
+        with suppress(DowncycleError, OSError):
+            source = find_source(named)
+    parent = read_parent(named, source.revision if source else None, source, near=near)
+    if parent.hub_id or source or not re.fullmatch(HUB_ID, named):
+        return parent
+    return replace(parent, name=named, hub_id=named) if named in bases else replace(parent, doubtful=named)
 
 
 def open_sources(checkpoint: Checkpoint) -> Iterator[Source]:
@@ -120,35 +129,37 @@ def _text(source: Source | None, path: str) -> str:
 def _card(source: Source | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     text = _text(source, README)
     with suppress(DowncycleError):
-        return read_front_matter(text).data, tuple(bibtex(text))
+        front = read_front_matter(text)
+        return portable(front.data, front.body) if is_trainers(front.body) else front.data, tuple(bibtex(text))
     return {}, ()
 
 
 def _licence_file(source: Source | None) -> str | None:
-    names = [path for path in (source.files if source else {}) if re.fullmatch(r"(LICEN[SC]E|COPYING)[^/]*", path, re.IGNORECASE)]
+    names = filter(is_licence_text, source.files if source else ())
     return next((found for path in names if (found := licence_in_text(_text(source, path)))), None)
 
 
 def _hub_id(place: str, revision: str | None, source: Source | None) -> tuple[str | None, str | None]:
-    """Return a parent's id and commit on the Hub, as downcycle.json, the Hub's cache or its own config tell them."""
+    """Return a parent's id and commit on the Hub, as downcycle.json or the Hub's cache tell them, or the id of a well-known model."""
     if revision is not None:
         return place, revision
     if found := SNAPSHOT.search(str(Path(place).expanduser())):
         return f"{found[1]}/{found[2]}", found[3]
-    if source is not None and place != DEMO and LINEAGE not in source.files:  # a cut's config still names what its parent's does
+    named: list[Any] = [place]
+    if source is not None:
         with suppress(DowncycleError):
-            named = load_json(source, CONFIG).get("_name_or_path")
-            if isinstance(named, str) and re.fullmatch(HUB_ID, named) and not Path(named).exists():
-                return named, None
-    return None, None
+            named = [] if LINEAGE in source.files else [place, load_json(source, CONFIG).get("_name_or_path")]
+    sure = (one for one in named if isinstance(one, str) and re.fullmatch(HUB_ID, one) and licence_of_id(one))
+    return next(sure, None), None
 
 
 def bibtex(text: str) -> Iterator[str]:
-    """Yield the BibTeX entries of a text, braces balanced."""
-    for found in re.finditer(r"^[ \t]*@(?:\w+)\s*\{", text, re.MULTILINE):
+    """Yield the BibTeX entries of a text, braces balanced; one that does not end before the next begins is none."""
+    starts = [found.start() for found in re.finditer(r"^[ \t]*@\w+\s*\{", text, re.MULTILINE)]
+    for start, end in pairwise([*starts, len(text)]):
         depth = 0
-        for place, sign in enumerate(text[found.start() :], found.start()):
-            depth += {"{": 1, "}": -1}.get(sign, 0)
-            if sign == "}" and depth <= 0:
-                yield text[found.start() : place + 1].strip()
+        for found in re.finditer("[{}]", text[start:end]):
+            depth += 1 if found[0] == "{" else -1
+            if depth <= 0:
+                yield text[start : start + found.end()].strip()
                 break

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ...surgery.naming import folder_name
+from ..secrets import take_out
 
 SECRET = "REDACTED"
 NOTE = "# Written for publication: paths are shortened to their names, secrets and accounts are taken out."
@@ -18,13 +18,19 @@ _KEYS = re.compile(
     r"|wandb_(?!mode$|watch$|log_model$|project$)\w+|comet_(?!mode$|online$)\w+|hub_model_id|mlflow_tracking_uri",
     re.IGNORECASE,
 )
-# Tokens by their own look: of the Hub, GitHub, OpenAI, Anthropic, AWS, Slack, Google; a JSON web token; a password in an address.
-_TOKENS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|sk-[\w-]{16,}|AKIA[0-9A-Z]{16}|"
-    r"xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*|wandb_v1_\w{10,})|(?<=://)[^\s/@]+:[^\s/@]+(?=@)"
+_PLAIN = ("null", "~", "true", "false", "none", "|", ">", "|-", ">-", "{}", "[]", "")
+# After a bracket, `<`, `>` or `|` a path has two parts at least: `[/INST]` and `</s>` are tags.
+_PATH = re.compile(
+    r"(?:(?<![\w/.~$<>)}\]\[{|\\-])|(?<=[$<>\[{|])(?=~?[\w.-]*/[^\s/]+/\S|[A-Za-z]:)|(?<=\s-[A-Za-z])|(?<=^-[A-Za-z]))"
+    r"(?:(?:file://)?(?:~[\w.-]*)?/(?!/)|[A-Za-z]:(?:\\|/(?!/))|\\\\(?=[\w.-]+\\[\w$]))[^\s'\"`,;|*?<>(){}\[\]]+",
+    re.MULTILINE,
 )
-_VARIABLES = re.compile(r".*(TOKEN|API_KEY|SECRET|PASSWORD)")
-_PATH = re.compile(r"(?<![\w/.~$<>)\[{|-])(?:file://)?(?:~?/(?!/)|[A-Za-z]:\\)[^\s'\"`,;|*?<>(){}\[\]]+")
+_BLOCK = re.compile(
+    r"^(?P<indent>[ \t#]*)(?P<dash>- )?['\"]?(?P<key>[\w.-]+)['\"]?\s*:\s*[|>][-+\d]*[ \t]*(?:#.*)?\n"
+    r"(?P<body>(?:(?P=indent)(?(dash)[ \t]{3,}|[ \t]+)\S.*(?:\n|$))+)",
+    re.MULTILINE,
+)
+_PAIR = re.compile(r"([\w.-]+)['\"]?\s*[:=]\s*(?=(\"[^\"]*\"|'[^']*'|[^\s,;}\])#|>\"'][^\s,;}\])]*))")
 
 
 def name_of(path: str) -> str:
@@ -34,15 +40,12 @@ def name_of(path: str) -> str:
 
 def is_path(text: str) -> bool:
     """Whether a value names a place on this machine from its root, from home, or upwards."""
-    return bool(re.match(r"(?:file://)?(?:~|/(?!/)|\.\.(?:/|$)|[A-Za-z]:[\\/])", text))
+    return bool(re.match(r"(?:file://)?(?:~|/(?!/)|\.\.(?:/|$)|[A-Za-z]:[\\/]|\\\\\w)", text))
 
 
 def scrub(text: str) -> str:
-    """Take out what looks like a secret, the values of secrets in this process's environment, and shorten absolute paths."""
-    for name, value in os.environ.items():
-        if _VARIABLES.fullmatch(name) and len(value) >= 8:
-            text = text.replace(value, SECRET)
-    text = _TOKENS.sub(SECRET, text)
+    """Take out every secret that a push would find, and shorten absolute paths."""
+    text = take_out(text, SECRET)
     home = str(Path.home())
     if len(home) > 1:
         text = re.sub(rf"(?<![\w.]){re.escape(home)}(?=[/\s'\"`]|$)", "~", text)
@@ -71,6 +74,7 @@ def redact_recipe(text: str) -> str:
         changed = _replace(changed, value, SECRET)
     for value in sorted(paths, key=len, reverse=True):
         changed = _replace(changed, value, name_of(value))
+    changed = _BLOCK.sub(_redact_block, changed)
     changed = scrub("\n".join(map(_redact_line, changed.splitlines())))
     noted = NOTE in text.splitlines() or changed != body
     return (f"{NOTE}\n" if noted else "") + changed + "\n"
@@ -90,16 +94,33 @@ def _private(value: Any, secret: bool = False) -> tuple[set[str], set[str]]:
     for key, one in pairs:
         more = _private(one, secret or bool(_KEYS.fullmatch(str(key))))
         secrets, paths = secrets | more[0], paths | more[1]
-    if isinstance(value, str) and len(value) > 3 and secret:
+    if isinstance(value, str) and len(value) > 3 and secret and "\n" not in value:
         secrets.add(value)
     elif isinstance(value, str) and is_path(value) and "\n" not in value:
         paths.add(value)
     return secrets, paths
 
 
+def _redact_block(found: re.Match[str]) -> str:
+    """Take out the lines below a secret key, also in comments."""
+    if not _KEYS.fullmatch(found["key"]):
+        return found[0]
+    indent, end = re.match(r"[ \t#]*", found["body"]), "\n" * found["body"].endswith("\n")
+    return found[0].removesuffix(found["body"]) + (indent[0] if indent else "") + SECRET + end
+
+
 def _redact_line(line: str) -> str:
-    """Take the value out of a line whose key is secret, also in a comment, whatever kind of value it is."""
+    """Take the value out of a line whose key is secret, also in a comment, whatever kind of value it is; and of such keys within it."""
     found = re.match(r"(\s*(?:#\s*)?(?:- )?['\"]?)([\w.-]+)(['\"]?\s*[:=]\s*)([^\s#].*?)(\s+#.*)?$", line)
-    if not found or not _KEYS.fullmatch(found[2]) or found[4] in ("null", "~", "true", "false", "|", ">", "{}", "[]"):
-        return line
-    return f"{found[1]}{found[2]}{found[3]}{SECRET}{found[5] or ''}"
+    if found and _KEYS.fullmatch(found[2]) and not found[3].endswith("="):
+        plain = found[4] in _PLAIN or found[4].startswith(SECRET)
+        return line if plain else f"{found[1]}{found[2]}{found[3]}{SECRET}{found[5] or ''}"
+    return _redact_pairs(line)
+
+
+def _redact_pairs(line: str) -> str:
+    text, done = "", 0
+    for found in _PAIR.finditer(line):
+        if found.start() >= done and _KEYS.fullmatch(found[1]) and found[2].lower() not in _PLAIN:
+            text, done = text + line[done : found.end()] + SECRET, found.end(2)
+    return text + line[done:]

@@ -105,8 +105,6 @@ def limitations(facts: Facts) -> str:
         length, positions = facts.training.config.get("sequence_len"), facts.config.get("max_position_embeddings")
         if isinstance(length, int) and isinstance(positions, int) and length < positions:
             lines.append(f"It was trained further on sequences of up to {length:,} tokens; its config allows {positions:,}.")
-    if lines and not (facts.measured and facts.measured.scores):
-        lines.append("No benchmark results of it are given here.")
     return paragraphs(["## Limitations", bullets(lines)]) if lines else ""
 
 

@@ -22,12 +22,13 @@ from ...recipes.validation.data_conflicts import TEXTS, entries
 from ...surgery.errors import DowncycleError
 from ..origin import training_log
 from ..results import Logged
-from .redact import is_path, name_of, redact_recipe
+from .redact import name_of, redact_recipe
 
 README = "README.md"
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 LANGUAGES = {FINEWEB: "en", FINEWEB_1B: "en"}  # of Hub data sets, as their cards say
 MADE_FROM = {FINEWEB_1B: FINEWEB}
-LOCAL = ("data", "datasets", "output", "outputs", "out", "runs", "tmp")  # folders of a project; a Hub user would be called so
+HUB_DATA = {FINEWEB, FINEWEB_1B, *COUNTED}  # data sets of the Hub that recipes name here; another of two parts may be a folder
 COUNTS = ("total_train_batch_size", "num_devices")  # what the trainer says and the recipe does not
 
 
@@ -35,11 +36,14 @@ COUNTS = ("total_train_batch_size", "num_devices")  # what the trainer says and 
 class Text:
     """A text that a model was trained on. name: a Hub id, or what the folder or file is called; source: the Hub data set it is from.
 
+    doubtful: what it was called, where that may be a folder or a data set of the Hub.
+
     part: configuration of the data set. tokens, documents: to train on, where counted. language: an ISO code, where known.
     """
 
     name: str
     source: str | None = None
+    doubtful: str = ""
     part: str | None = None
     tokens: int | None = None
     documents: int | None = None
@@ -160,19 +164,9 @@ def _text(path: str, entry: Mapping[str, Any], places: list[Path]) -> Text:
             arguments, train = report["arguments"], report["splits"]["train"]
             source = arguments["src"].partition("@")[0] if report["revision"] else None
             language = arguments["language"] or LANGUAGES.get(source or "")
-            return Text(name_of(path), source, arguments["name"], train["tokens"], train["documents"], language)
-    if is_hub_data(path, entry, places):
-        return Text(path, MADE_FROM.get(path, path), part, COUNTED.get(path), language=LANGUAGES.get(path))
-    return Text(name_of(path) if is_path(path) else path)
-
-
-def is_hub_data(path: str, entry: Mapping[str, Any], places: Iterable[Path] = ()) -> bool:
-    """Whether an entry of a recipe names a data set of the Hub and not a folder or file of this machine or another.
-
-    A path of two parts can be either: it is local where its first part is a folder here or has a name that projects give to folders,
-    or where the entry says of what kind its files are.
-    """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) or "ds_type" in entry or "data_files" in entry:
-        return False
-    first = path.partition("/")[0]
-    return first.lower() not in LOCAL and not any((place / first).exists() for place in places)
+            counts = {"tokens": train["tokens"], "documents": train["documents"]}
+            return Text(name_of(path), source, part=arguments["name"], language=language, **counts)
+    if path in HUB_DATA:
+        return Text(path, MADE_FROM.get(path, path), part=part, tokens=COUNTED.get(path), language=LANGUAGES.get(path))
+    is_here = any((place / Path(path).expanduser()).exists() for place in places)
+    return Text(name_of(path), doubtful=path if re.fullmatch(HUB_ID, path) and not is_here else "")

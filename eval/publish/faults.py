@@ -15,7 +15,7 @@ from ...surgery.errors import DowncycleError
 from ...surgery.hub import is_endpoint
 from ...surgery.hub_faults import HTTPError, Patience, UnfitAnswer, address_of, endpoint, host_of, reason_of, status_of
 
-ATTEMPTS = 5  # without a file that arrived
+ATTEMPTS = 7  # without a file that arrived
 CONFLICT, MOVED = 409, 412
 AGAIN = "what has arrived stays there, and the same command goes on from there"
 
@@ -61,7 +61,7 @@ class UploadPatience(Patience):
         if status == 413:
             return f": {host} takes nothing of this size (413); write the model with a smaller --max-shard-size"
         if status == 429:
-            return f": {host} limits the rate of requests (429){times}; wait {asked or 300:.0f} s: {AGAIN}"
+            return f": {host} limits the rate of requests (429){times}; wait {_span(asked or 300)}: {AGAIN}"
         if status >= 500:
             return f": {host} fails ({status}){times}; try again later: {AGAIN}"
         return f": {host} refuses it ({status}{_said(fault)}); check HF_ENDPOINT and the proxy"
@@ -91,6 +91,12 @@ def plain(text: str) -> str:
     text = text.replace(token, "…") if token else text
     text = re.sub(r"https?://\S+|(hf_|Bearer\s+)\S+|[A-Za-z0-9_+/=.-]{32,}", "…", text)
     return " ".join(text.split())[:200]
+
+
+def _span(seconds: float) -> str:
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def _by_storage(fault: Exception) -> bool:

@@ -21,10 +21,11 @@ from ...surgery.filenames import CONFIG
 from ...surgery.sources import Progress
 from ..card.facts import Facts, gather, gather_adapter, is_adapter
 from ..card.redact import redact_recipe
+from ..secrets import find_secrets, own_secrets
 from .legal import check_name, notes, read_card
-from .proof import foreign_weights, prove_adapter, prove_model
+from .places import places
+from .proof import foreign_weights, other_weights, prove_adapter, prove_model
 from .rules import SECRET, sort_files
-from .secrets import find_secrets, own_secrets
 
 MODEL, ADAPTER = "model", "adapter"
 FOREIGN = "weights of which nothing is known"
@@ -37,13 +38,12 @@ Stamp = tuple[int, int, int]
 class PushPlan:
     """What a push sends. files: bytes of each, by its path in the repo; left_out: why, by path, folders with a slash behind.
 
-    kind: model or adapter. proof: what was proved of it, in words. contents: where each file lies, or what it holds. stamps: what the
+    proof: what was proved of it, in words. contents: where each file lies, or what it holds. stamps: what the
     file system said of each before it was read.
     """
 
     folder: Path
     repo: str
-    kind: str
     files: Mapping[str, int]
     left_out: Mapping[str, str]
     proof: str
@@ -107,8 +107,10 @@ def plan_push(
         proof = prove_adapter(folder, src)
     _refuse(folder, {FOREIGN: foreign} if (foreign := foreign_weights(contents, proof)) else {})
     sizes = {path: len(place) if isinstance(place, bytes) else place.stat().st_size for path, place in sorted(contents.items())}
-    said = (*proof.notes, *notes(facts, folder, card, sizes))
-    return PushPlan(folder, repo, kind, sizes, found.left_out, proof.words, said, contents, stamps)
+    said = (*proof.notes, *notes(facts, folder, repo, card, sizes), *places(contents))
+    if others := other_weights(sizes):
+        said += (f"nothing proves where the weights in {shorten(others)} come from; they go as they are",)
+    return PushPlan(folder, repo, sizes, found.left_out, proof.words, said, contents, stamps)
 
 
 def _kind(folder: Path) -> str:
@@ -132,7 +134,7 @@ def _recipe(folder: Path, facts: Facts) -> bytes:
 def check_repo_name(repo: str) -> None:
     """Refuse what cannot be the id of a repo."""
     try:
-        validate_repo_id(repo)
+        validate_repo_id(repo if repo.isascii() else "")
     except HFValidationError:
         raise DowncycleError(f"{repo}: no name that the Hub takes; write USER/NAME, of letters, digits, '-', '_' and '.'") from None
     if "/" not in repo:

@@ -13,10 +13,10 @@ from typing import Any
 from ...surgery.adapter.config import ADAPTER_CONFIG
 from ...surgery.checkpoint import DEMO
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import LINEAGE
+from ...surgery.filenames import LINEAGE, is_licence_text
 from ..card.facts import Facts
 from ..card.front_matter import read_front_matter
-from ..card.licences import Licence, known_licence, licence_in_card, name_fault
+from ..card.licences import Licence, base_models, known_licence, licence_in_card, licence_of_id, name_fault
 from ..card.redact import is_path
 
 CARD = "README.md"
@@ -52,9 +52,12 @@ def check_name(facts: Facts, repo: str) -> None:
             raise DowncycleError(fault)
 
 
-def notes(facts: Facts, folder: Path, card: str, paths: Collection[str]) -> list[str]:
+def notes(facts: Facts, folder: Path, repo: str, card: str, paths: Collection[str]) -> list[str]:
     """Say what others will miss in a folder, and what they will see of this machine."""
     found = [] if card else [f"no {CARD}; `downcycle card {folder}` writes one"]
+    loaded = dict.fromkeys(re.findall(r"(?:Model|Tokenizer)\w*\.from_pretrained\([\"']([^\"']+)", card))
+    if loaded and repo not in loaded:
+        found.append(f"{CARD} shows how to load {next(iter(loaded))}, not {repo}; `downcycle card {folder} --name {repo}` mends that")
     for licence in _licences(facts):
         found += _missing(licence, card, paths)
     named = (facts.adapter or {}).get("base_model_name_or_path")
@@ -67,17 +70,17 @@ def notes(facts: Facts, folder: Path, card: str, paths: Collection[str]) -> list
 
 
 def _licences(facts: Facts) -> list[Licence]:
-    named = [facts.licence, licence_in_card(facts.card), *(parent.licence for parent in facts.parents)]
+    named = [facts.licence, licence_in_card(facts.card), *map(licence_of_id, base_models(facts.card))]
+    named += [parent.licence for parent in facts.parents]
     return [licence for key in dict.fromkeys(named) if (licence := known_licence(key))]
 
 
 def _missing(licence: Licence, card: str, paths: Collection[str]) -> list[str]:
-    asked, tops = f"the {licence.title}", [path.upper() for path in paths]
-    missing = []
-    if licence.copy and not any(path.startswith(("LICENSE", "LICENCE", "COPYING")) for path in tops):
-        missing.append(f"{asked}, asks that a copy of it goes along; there is no LICENSE file")
-    if licence.notice and not any(path.startswith("NOTICE") for path in tops):
-        missing.append(f"{asked}, asks for a NOTICE file; there is none")
+    asked, missing = f"the {licence.title.partition(',')[0]}", []
+    if licence.copy and not any(map(is_licence_text, paths)):
+        missing.append(f"{asked} asks that a copy of it goes along; there is no LICENSE file")
+    if licence.notice and not any(path.upper().startswith("NOTICE") for path in paths):
+        missing.append(f"{asked} asks for a NOTICE file; there is none")
     if licence.built_with and card and licence.built_with not in card:
-        missing.append(f"{asked}, asks to show “{licence.built_with}”; {CARD} does not")
+        missing.append(f"{asked} asks to show “{licence.built_with}”; {CARD} does not")
     return missing

@@ -19,6 +19,22 @@ from ...surgery.filenames import LINEAGE
 from ...surgery.sources import LocalFolder, Progress
 from ...surgery.verify import verify
 
+OTHER_FORMATS = (
+    ".gguf",
+    ".ggml",
+    ".onnx",
+    ".onnx_data",
+    ".npz",
+    ".npy",
+    ".h5",
+    ".hdf5",
+    ".msgpack",
+    ".tflite",
+    ".pb",
+    ".mlmodel",
+    ".llamafile",
+)
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -97,3 +113,8 @@ def _lay_on(folder: Path, base: str | Path | None, was_given: bool) -> tuple[str
 def foreign_weights(paths: Iterable[str], proof: Proof) -> list[str]:
     """Return the safetensors files among these paths of which nothing was proved."""
     return [path for path in paths if path.endswith(".safetensors") and path not in proof.weights]
+
+
+def other_weights(paths: Iterable[str]) -> list[str]:
+    """Return those of these paths that hold weights in another format, such as a GGUF made from the model; none of them was compared."""
+    return [path for path in paths if path.lower().endswith(OTHER_FORMATS)]

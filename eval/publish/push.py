@@ -9,41 +9,28 @@ does, and leaves a folder of its own in the user's. Resuming needs neither: stor
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, is_offline_mode
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    build_hf_headers,
-    disable_progress_bars,
-    enable_progress_bars,
-    get_session,
-    hf_raise_for_status,
-)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from ...surgery.errors import DowncycleError
 from ...surgery.hub import check_access
 from ...surgery.hub_faults import UnfitAnswer, asked_wait, endpoint
+from .connection import Line, silent
 from .faults import AGAIN, UploadPatience, plain, underlying
 from .files import PushPlan, shorten
 from .legal import CARD
 from .remote import Remote, differing, look
 
-if TYPE_CHECKING:
-    from httpx import Response
-
 LIBRARY = "downcycle"
 MESSAGE = "Upload with downcycle"
-STALL = 300.0  # seconds without a byte or an answer, after which a connection counts as broken
-LOGGERS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "hf_xet")  # whose lines hold signed links
+GRACE = 1.0  # seconds that an interrupted attempt has to end in
 OWN = (".gitattributes",)  # what the Hub itself puts into a repo
 
 
@@ -74,7 +61,8 @@ def push(
 ) -> Pushed:
     """Upload what a plan lists, in one commit, and compare what the Hub then lists with the folder, by size and hash.
 
-    What storage has already is not sent again. Bars are shown on stderr, where that is a terminal.
+    What storage has already is not sent again. Bars are shown on stderr, where that is a terminal. Ctrl-C ends it at once: nothing more
+    is sent, nor committed; a thread of huggingface_hub that waits to try again may live for some seconds yet.
 
     Args:
         private: make the repo private, where it is not there yet; refuse one that is there and public.
@@ -84,31 +72,35 @@ def push(
     Raises:
         DowncycleError: no fitting token, no right to write, a public repo where a private one is asked for, a file that changes, a card
             that the Hub refuses, or a network or Hub that fails for longer than patience lasts.
+        KeyboardInterrupt: by Ctrl-C, with a line about what stays.
     """
-    _check_settings(revision)
+    check_settings(revision)
     patience = UploadPatience(plan.repo, revision)
-    with warnings.catch_warnings(), _silent_loggers(), _bars(not quiet and sys.stderr.isatty()):
-        warnings.simplefilter("ignore")
-        try:
-            upload = _Upload(plan, private, revision)
-            while True:
-                fault = upload.attempt(patience.renew)
-                if fault is None:
-                    return upload.result()
-                if isinstance(fault, DowncycleError):
-                    raise fault
-                asked = asked_wait(fault)
-                why = f"waiting {asked:.0f} s, as the Hub asks" if asked else "the upload broke off; trying again"
-                patience.wait(fault, _once(say, why))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; {AGAIN}") from None
+    upload = _Upload(plan, private, revision, not quiet and sys.stderr.isatty())
+    try:
+        while True:
+            fault = upload.attempt(patience.renew)
+            if fault is None:
+                return upload.result()
+            if isinstance(fault, DowncycleError):
+                raise fault
+            asked = asked_wait(fault)
+            why = f"waiting {asked:.0f} s, as the Hub asks" if asked else "the upload broke off; trying again"
+            patience.wait(fault, _once(say, why))
+    except KeyboardInterrupt:
+        upload.stop()
+        raise KeyboardInterrupt(f"interrupted; {AGAIN}") from None
 
 
 class _Upload:
     """One push and how far it is, over all attempts. lacked: what the repo did not hold at the beginning."""
 
-    def __init__(self, plan: PushPlan, private: bool, branch: str | None):
-        self.plan, self.private, self.branch = plan, private, branch
+    def __init__(self, plan: PushPlan, private: bool, branch: str | None, bars: bool):
+        self.plan, self.private, self.branch, self.bars = plan, private, branch, bars
+        self.repo = plan.repo  # as the Hub calls it, once it has answered
+        self.line = Line()
+        self.ended = threading.Event()  # while no attempt runs
+        self.ended.set()
         self.api = HfApi(endpoint=constants.ENDPOINT, token=True, library_name=LIBRARY)
         self.lacked: list[str] | None = None
         self.remote: Remote | None = None
@@ -119,22 +111,38 @@ class _Upload:
         return {path: CommitOperationAdd(path, content) for path, content in self.plan.contents.items()}
 
     def attempt(self, arrived: Callable[[], None]) -> Exception | None:
-        """Do what is left to do; return what went wrong, if anything did: raised here, it would carry signed links along."""
+        """Do what is left to do; return what went wrong, if anything did: raised here, it would carry signed links along.
+
+        A thread of its own does it, for huggingface_hub waits for its threads, whoever interrupts it; this one only waits.
+        """
+        faults: list[Exception] = []
+        self.ended.clear()
+        threading.Thread(target=self._try, args=(arrived, faults), daemon=True).start()
+        while not self.ended.wait(GRACE):
+            pass  # Thread.join would take the thread for ended after Ctrl-C
+        return faults[0] if faults else None
+
+    def stop(self) -> None:
+        """End the attempt that runs: whatever it is about to send or to commit is not."""
+        self.line.stop()
+        self.ended.wait(GRACE)
+
+    def _try(self, arrived: Callable[[], None], faults: list[Exception]) -> None:
         try:
-            with _watched(arrived):
+            with silent(self.bars), self.line.watch(arrived):
                 self._do()
         except Exception as error:
             fault = underlying(error, self.plan.repo)
-        else:
-            return None
-        return self.plan.change() or fault
+            faults.append(self.plan.change() or fault)
+        finally:
+            self.ended.set()
 
     def result(self) -> Pushed:
         """Say what the Hub holds."""
         assert self.remote is not None and self.lacked is not None
         files = self.plan.files
         return Pushed(
-            url=f"{endpoint()}/{self.plan.repo}",
+            url=f"{endpoint()}/{self.repo}",
             commit=self.remote.commit,
             private=self.remote.private,
             files=len(files),
@@ -152,12 +160,11 @@ class _Upload:
             operations = [self.operations[path] for path in lacking]
             if CARD in lacking:
                 self._check_card()
-            self.api.preupload_lfs_files(self.plan.repo, operations, revision=self.branch, free_memory=False)
+            self.api.preupload_lfs_files(self.repo, operations, revision=self.branch, free_memory=False)
             if change := self.plan.change():
                 raise change
-            made = self.api.create_commit(
-                self.plan.repo, operations, commit_message=MESSAGE, revision=self.branch, parent_commit=remote.commit
-            )
+            self.line.check()
+            made = self.api.create_commit(self.repo, operations, commit_message=MESSAGE, revision=self.branch, parent_commit=remote.commit)
             remote = self._look(made.oid)
             if otherwise := differing(self.operations, remote.files):
                 raise DowncycleError(
@@ -168,11 +175,11 @@ class _Upload:
 
     def _find_or_make(self) -> Remote:
         """Return the repo as it is at the branch; make what is not there."""
-        repo = self.plan.repo
-        remote = look(self.api, repo)
+        remote = look(self.api, self.repo)
         if remote is None:
-            self.api.create_repo(repo, private=self.private or None)  # None leaves it to the organisation
+            self.api.create_repo(self.repo, private=self.private or None)  # None leaves it to the organisation
             remote = self._look(None)
+        repo = self.repo = remote.name  # a repo that was renamed answers to its old name
         if self.private and not remote.private:
             raise DowncycleError(
                 f"{repo}: is there and public, and --private was given; make it private at {endpoint()}/{repo}/settings, choose another "
@@ -186,7 +193,7 @@ class _Upload:
         return branch or self._look(self.branch)
 
     def _look(self, revision: str | None) -> Remote:
-        if remote := look(self.api, self.plan.repo, revision):
+        if remote := look(self.api, self.repo, revision):
             return remote
         raise UnfitAnswer("the repo was made, and is not there")
 
@@ -202,7 +209,8 @@ class _Upload:
         hf_raise_for_status(response)
 
 
-def _check_settings(branch: str | None) -> None:
+def check_settings(branch: str | None) -> None:
+    """Refuse what no push can come of: no network wanted, no token, no name of a branch."""
     if is_offline_mode():
         raise DowncycleError("HF_HUB_OFFLINE is set, and a push needs the Hub; unset it")
     check_access()
@@ -216,53 +224,3 @@ def _once(say: Callable[[str], None], text: str) -> Callable[[], None]:
     """Return a function that says a text when it is first called."""
     left = [text]
     return lambda: say(left.pop()) if left else None
-
-
-@contextmanager
-def _watched(arrived: Callable[[], None]) -> Iterator[None]:
-    """Let no request of huggingface_hub wait without end, nor be repeated where the answer says how long to wait, or no."""
-    client = get_session()
-    hooks, timeout = client.event_hooks, client.timeout
-
-    def judge(response: Response) -> None:
-        request, status = response.request, response.status_code
-        if status < 300 and request.url.path.endswith("/verify"):
-            arrived()
-        asks_to_wait = status == 429 or status == 503 and "retry-after" in response.headers
-        if asks_to_wait or status > 400 and request.method == "POST":
-            response.read()
-            hf_raise_for_status(response)
-
-    client.event_hooks = {**hooks, "response": [*hooks["response"], judge]}  # type: ignore[dict-item]
-    client.timeout = STALL
-    try:
-        yield
-    finally:
-        client.event_hooks, client.timeout = hooks, timeout
-
-
-@contextmanager
-def _silent_loggers() -> Iterator[None]:
-    """Keep the clients' log lines back, whoever listens: they quote signed links, and headers of answers."""
-    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] in LOGGERS]
-    levels = {logging.getLogger(name): logging.getLogger(name).level for name in {*names, *LOGGERS}}
-    for logger in levels:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Show huggingface_hub's own bars, or none; where its settings forbid them, there are none."""
-    if shown or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

@@ -26,8 +26,9 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Remote:
-    """A repo at one commit."""
+    """A repo at one commit. name: what the Hub calls it, which is another than was asked for where it was renamed."""
 
+    name: str
     commit: str
     private: bool
     files: Mapping[str, RemoteFile]
@@ -47,7 +48,7 @@ def look(api: HfApi, repo: str, revision: str | None = None) -> Remote | None:
         sibling.rfilename: RemoteFile(sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id or "")
         for sibling in info.siblings
     }
-    return Remote(info.sha, bool(info.private), files)
+    return Remote(info.id, info.sha, bool(info.private), files)
 
 
 def differing(wanted: Mapping[str, CommitOperationAdd], files: Mapping[str, RemoteFile]) -> list[str]:

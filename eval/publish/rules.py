@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ...recipes.commands import RECIPE
 from ...surgery.filenames import PICKLES, leads_out
-from .secrets import is_secret_name
+from ..secrets import is_secret_name
 
 STATE = "state of a training"
 CACHE = "cache"
@@ -33,8 +33,10 @@ FILES = {
 SECRET = "secrets by their names"
 OPTIMIZER = "states of an optimizer"
 PICKLED = "pickles, which can run code when read"
+STATES = ("*optimizer*", "optim", "optim[_-]*", "opt", "opt_state*", "scheduler*", "scaler")
 REFUSED = {
     **dict.fromkeys(("optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin", "scaler.pt", "rng_state*"), OPTIMIZER),
+    **dict.fromkeys((f"{name}.{end}" for name in STATES for end in ("npz", "npy", "h5", "msgpack", "safetensors")), OPTIMIZER),
     **dict.fromkeys(("*.distcp", "zero_pp_rank_*", "*_optim_states.pt", "*_model_states.pt"), OPTIMIZER),
     **dict.fromkeys((*PICKLES, "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib"), PICKLED),
 }

@@ -193,9 +193,22 @@ def _check_finite(stored: Mapping[str, Tensor], where: str) -> None:
             raise DowncycleError(f"{where}: {key} holds numbers that are not finite; the training diverged: merge an earlier checkpoint")
 
 
+def adapter_fingerprint(source: Source) -> str:
+    """Return what tells adapters apart: a digest of config, tensor names, dtypes and shapes, but of none of the numbers.
+
+    Raises:
+        DowncycleError: no adapter, or a damaged one.
+    """
+    return _fingerprint(read_adapter_config(source), _read_tensors(source))
+
+
+def _fingerprint(config: AdapterConfig, stored: Mapping[str, Tensor]) -> str:
+    shapes = sorted((key, tensor.dtype, tensor.shape) for key, tensor in stored.items())
+    return sha256(json.dumps([config.fields, shapes], sort_keys=True).encode()).hexdigest()
+
+
 def _lineage(base: Checkpoint, source: Source, config: AdapterConfig, stored: Mapping[str, Tensor]) -> dict[str, Any]:
     """What downcycle.json says: enough to make this checkpoint again."""
-    shapes = sorted((key, tensor.dtype, tensor.shape) for key, tensor in stored.items())
     lineage = {
         "downcycle": version("downcycle"),
         "operation": "merge",
@@ -204,7 +217,7 @@ def _lineage(base: Checkpoint, source: Source, config: AdapterConfig, stored: Ma
         "fingerprint": base.fingerprint,
         "adapter": source.name,
         "adapter_revision": source.revision,
-        "adapter_fingerprint": sha256(json.dumps([config.fields, shapes], sort_keys=True).encode()).hexdigest(),
+        "adapter_fingerprint": _fingerprint(config, stored),
         "adapter_base": config.fields.get("base_model_name_or_path"),
     }
     return lineage | ({"parent_lineage": base.lineage} if base.lineage else {})

@@ -166,7 +166,7 @@ def test_the_command_prints_writes_and_answers(downcycle, parent, child, text, t
         (["--load", "nf3"], "stored, bf16, fp32, int8, nf4"),
         (["--tasks", "helaswag"], "hellaswag"),
         (["--tasks", ","], "names none"),
-        (["--limit", "0"], "from 1"),
+        (["--limit", "0"], "1 or more"),
         (["--length", "64", "--stride", "65"], "stride"),
         (["--length", "100000000"], "positions"),
     ],

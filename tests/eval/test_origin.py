@@ -7,6 +7,8 @@ import pytest
 
 from downcycle import keep_layers, open_checkpoint, write
 from downcycle.eval.origin import origin_of, training_folder
+from downcycle.surgery.adapter.merge import adapter_fingerprint
+from downcycle.surgery.checkpoint import find_source
 
 
 def merged(checkpoint, adapter="out", **more):
@@ -52,6 +54,16 @@ def test_what_was_merged_is_healed_whatever_came_after(make, tmp_path):
     assert [step.operation for step in origin_of(again).steps] == ["cut", "merge", "cut"]
 
 
+def adapter(folder, rank=2, name="layers.0.self_attn.q_proj"):
+    """Write an adapter of one matrix, and return what a merge records of it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "target_modules": ["q_proj"]}))
+    tensor = {"dtype": "F32", "shape": [rank, 4], "data_offsets": [0, rank * 16]}
+    header = json.dumps({f"base_model.model.model.{name}.lora_A.weight": tensor}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(rank * 16))
+    return {"adapter": str(folder), "adapter_fingerprint": adapter_fingerprint(find_source(folder))}
+
+
 def test_the_training_is_that_of_the_last_adapter_still_here_or_of_the_folder_itself(make, tmp_path):
     make(tmp_path / "m")
     model = open_checkpoint(tmp_path / "m")
@@ -59,8 +71,23 @@ def test_the_training_is_that_of_the_last_adapter_still_here_or_of_the_folder_it
     state(tmp_path / "m", [])
     assert training_folder(model, tmp_path / "m") == tmp_path / "m"
     state(tmp_path / "old", [])
-    healed = merged(merged(model, str(tmp_path / "old")), str(tmp_path / "new"))
+    healed = merged(merged(model, **adapter(tmp_path / "old")), **adapter(tmp_path / "new"))
     assert training_folder(healed, tmp_path / "m") == tmp_path / "old"
     state(tmp_path / "new", [])
     assert training_folder(healed, tmp_path / "m") == tmp_path / "new"
-    assert training_folder(merged(model, str(tmp_path / "new"), adapter_revision="abc")) is None  # a Hub id, not a folder
+    assert training_folder(merged(model, **adapter(tmp_path / "new"), adapter_revision="abc")) is None  # a Hub id, not a folder
+
+
+@pytest.mark.parametrize("change", [{"rank": 3}, {"name": "layers.1.self_attn.q_proj"}, "gone", "damaged"])
+def test_a_folder_that_holds_another_adapter_now_is_not_the_training(make, tmp_path, change):
+    make(tmp_path / "m")
+    state(tmp_path / "out", [])
+    healed = merged(open_checkpoint(tmp_path / "m"), **adapter(tmp_path / "out"))
+    assert training_folder(healed) == tmp_path / "out"
+    if change == "gone":
+        (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    elif change == "damaged":
+        (tmp_path / "out" / "adapter_config.json").write_text("{")
+    else:
+        adapter(tmp_path / "out", **change)
+    assert training_folder(healed) is None

@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from downcycle.eval.secrets import find_secrets, is_secret_name
+from downcycle.eval.secrets import find_secrets, is_secret_name, own_secrets, take_out
 
 SIGNS = string.ascii_letters + string.digits
 RANDOM = random.Random(7)
@@ -39,6 +39,15 @@ SECRETS = {
     "wandb login": ("a Weights & Biases key", f"wandb login {signs(40, '0123456789abcdef')}"),
     "setting": ("a secret setting", f'"api_key": "{signs(24)}"'),
     "environment": ("a secret setting", f"export HF_TOKEN={signs(24)}"),
+    "notebook": ("a Weights & Biases key", f'"wandb.login(key=\\"{signs(40, "0123456789abcdef")}\\")"'),
+    "netrc": ("a password of netrc", f"machine api.wandb.ai login user password {signs(40)}"),
+    "bearer": ("an authorization", f"curl -H 'Authorization: Bearer {signs(24)}'"),
+    "basic": ("an authorization", f"Authorization: Basic {signs(24)}=="),
+    "slack webhook": ("a webhook", f"https://hooks.slack.com/services/T0{signs(8)}/B0{signs(8)}/{signs(24)}"),
+    "short password": ("a password", "passwd=hunter2"),
+    "below its key": ("a secret setting", f"hub_token: |  {signs(24)}".replace("|  ", "|\n  ")),
+    "within a line": ("a secret setting", f"# env: {{HF_TOKEN: {signs(24)}}}"),
+    "other variables": ("a secret setting", f"export SLACK_TOKEN={signs(24)}"),
     "address": ("a password in an address", "https://ann:sesame99@example.org/models"),
     "proxy": ("a password in an address", "http_proxy: http://proxy:s3same@10.0.0.1:3128"),
 }
@@ -59,6 +68,17 @@ INNOCENT = [
     "-----BEGIN PUBLIC KEY-----",
     "-----BEGIN CERTIFICATE-----",
     "sha256: " + "0123456789abcdef" * 4,
+    "export HF_TOKEN=hf_" + "x" * 34,
+    "sk-learn-0-24-compatible-pipeline",
+    "use_auth_token=kwargs.get_auth_token_v2",
+    "hub_token: tokenizer_special_v1_pad",
+    "password=self.password2, user=input_1",
+    "connect(password=secret_of(name1))",
+    '"password": 28921, "secret_key": 1',
+    "bearer of 2024-instruction-tuned-models",
+    "https://github.com/wandb/wandb/commit/" + "0123456789" * 4,
+    "data:image/png;base64,iVBORw0KGgoAKIA1234567890ABCDEF",
+    "https://hooks.slack.com/services/T0000/B000/XXXXXXXXXXXXXXXXXXXXXXXX",
     "wandb_project: " + "healing-llama-3-6b-of-the-year-2026",
 ]
 
@@ -70,6 +90,8 @@ def test_kinds(tmp_path, kind, text):
     assert f"{kind} in line 3" in find_secrets(path)
     assert find_secrets(path.read_bytes()) == find_secrets(path)
     assert all(text not in found for found in find_secrets(path))
+    clean = take_out(path.read_text(), "REDACTED")
+    assert find_secrets(clean.encode()) == [] and "REDACTED" in clean
 
 
 @pytest.mark.parametrize("text", INNOCENT)
@@ -77,6 +99,7 @@ def test_what_is_none(tmp_path, text):
     path = tmp_path / "notes.md"
     path.write_text(f"# Notes\n\n{text}\n")
     assert find_secrets(path) == []
+    assert take_out(path.read_text(), "REDACTED") == path.read_text()
 
 
 PLACES = {
@@ -86,6 +109,9 @@ PLACES = {
     "picture": (lambda secret: b"\x89PNG\r\n\x1a\n\0\0\0\x0dtEXt" + secret, "s.png", True),
     "gguf": (lambda secret: b"GGUF\3\0\0\0" + b"\0" * 5000 + secret, "s.gguf", True),
     "binary, far behind": (lambda secret: b"\0" * (2 << 20) + secret, "s.gguf", False),
+    "utf-16": (lambda secret: secret.decode().encode("utf-16"), "s.txt", True),
+    "utf-16, far behind": (lambda secret: ("line\n" * 400_000 + secret.decode()).encode("utf-16"), "s.txt", True),
+    "utf-16, big-endian and without a mark": (lambda secret: secret.decode().encode("utf-16-be"), "s.txt", True),
     "empty": (lambda secret: b"", "s.txt", False),
 }
 
@@ -112,9 +138,26 @@ def test_own_secrets_are_found_whatever_they_look_like(tmp_path):
     assert find_secrets(path, {"MY_TOKEN": "words of magic", "OTHER": "else"}) == ["MY_TOKEN in line 2"]
 
 
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "MY_PASSWORD", "GH_PAT", "hf_token", "AZURE_ACCOUNT_KEY"])
+def test_secrets_of_the_environment_are_ones_own(monkeypatch, name):
+    monkeypatch.setenv(name, "words of magic")
+    assert own_secrets()[name] == "words of magic"
+    assert take_out("two words of magic", "…") == "two …"
+    monkeypatch.setenv(name, "short")
+    assert name not in own_secrets()
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "KEYBOARD", "PATH", "SSH_KEY_PATH", "GOOGLE_APPLICATION_CREDENTIALS"])
+def test_other_variables_are_not(monkeypatch, name):
+    monkeypatch.setenv(name, "words of magic")
+    assert name not in own_secrets()
+
+
 NAMES = [".env", ".env.local", "prod.env", "server.pem", "ID_RSA", "id_ed25519", ".netrc", "token", "hf_token", "hf-token.txt", "my.token"]
 NAMES += ["access_token.json", "client_secret_1.json", "credentials.json", ".git-credentials", "stored_tokens", "passwords.txt", "a.key"]
 OTHERS = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokens.txt"]
+NAMES += ["netrc", "secrets.yaml", "my_secret.txt", "hub-passwords.json", "secret_key.txt"]
+OTHERS += ["secretary.json", "password_policy.md", "secret-sharing-benchmark.json", "netrcs.md"]
 OTHERS += [
     "token_counts.json",
     "id_rsa.pub",

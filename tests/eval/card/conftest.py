@@ -9,6 +9,9 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from downcycle import keep_layers, open_checkpoint, write
+from downcycle.eval.card.card import card_files
+from downcycle.surgery.adapter.merge import adapter_fingerprint
+from downcycle.surgery.checkpoint import find_source
 
 TOKEN = "hf_PlantedTokenOfNobody0123456789"
 META = """---
@@ -155,10 +158,21 @@ def save_training(folder, home, log=LOG, recipe=None):
     return folder
 
 
+def save_adapter(folder, base, rank=128):
+    """Write an adapter of which one matrix is enough."""
+    config = {"base_model_name_or_path": str(base), "r": rank, "task_type": "CAUSAL_LM", "peft_type": "LORA", "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    key, size = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", rank * 4 * 4
+    header = json.dumps({key: {"dtype": "F32", "shape": [rank, 4], "data_offsets": [0, size]}}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    return folder
+
+
 def healed_by(child, adapter, **more):
     """A model that says that an adapter was merged into it; its weights do not matter here."""
     lineage = {"downcycle": "0.1.0", "operation": "merge", "parent": child.name, "revision": child.revision, "adapter": str(adapter)}
-    lineage |= {"fingerprint": child.fingerprint, "adapter_revision": None, "adapter_fingerprint": "", "adapter_base": child.name, **more}
+    lineage |= {"fingerprint": child.fingerprint, "adapter_revision": None, "adapter_base": child.name, **more}
+    lineage["adapter_fingerprint"] = adapter_fingerprint(find_source(Path(adapter)))
     return replace(child, lineage={**lineage, "parent_lineage": child.lineage})
 
 
@@ -191,17 +205,14 @@ def child(parent, home):
 @pytest.fixture
 def healed(child, home):
     """The child, healed by a training that is still there."""
-    save_training(home / "training", home)
+    save_adapter(save_training(home / "training", home), child)
     return write(healed_by(open_checkpoint(child), home / "training"), home / "Llama-3-6B-v0.1")
 
 
 @pytest.fixture
 def adapter(child, home):
     """The adapter of that training."""
-    save_training(home / "training", home)
-    config = {"base_model_name_or_path": str(child), "r": 128, "task_type": "CAUSAL_LM", "peft_type": "LORA"}
-    (home / "training" / "adapter_config.json").write_text(json.dumps(config))
-    (home / "training" / "adapter_model.safetensors").write_bytes(b"")
+    save_adapter(save_training(home / "training", home), child)
     (home / "training" / "tokenizer.json").write_text("{}")
     return home / "training"
 
@@ -237,8 +248,16 @@ class Read:
 
 @pytest.fixture
 def heal():
-    """Make a model that says that an adapter was merged into it."""
-    return healed_by
+    """Save an adapter into a folder and make a model that says that it was merged into it."""
+    return lambda child, folder, **more: replace(
+        made := healed_by(child, save_adapter(folder, child.name)), lineage={**made.lineage, **more}
+    )
+
+
+@pytest.fixture
+def planned(read):
+    """The card of a model that was not written yet."""
+    return lambda checkpoint, name: read(card_files(checkpoint, name)["README.md"].decode())
 
 
 @pytest.fixture

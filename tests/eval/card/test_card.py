@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, verify, write
-from downcycle.eval.card.card import card_files, make_card, write_card
+from downcycle.eval.card.card import card_files, write_card
+from downcycle.eval.card.facts import gather
 from downcycle.eval.content import content_digest
+from downcycle.eval.publish.legal import check_name
 from downcycle.eval.results import ModelResult, Perplexity, Results, Score, Speed
 from downcycle.surgery.choose import even, tail
 
@@ -43,12 +45,12 @@ def test_a_cut_of_the_built_in_model(home, read):
 @pytest.mark.parametrize(
     ("rule", "said"), [("first", "arXiv 2404.08634"), ("tail", "just before the last"), ("ends", "first and the last half")]
 )
-def test_each_rule_has_its_reason(parent, read, rule, said):
-    assert said in read(make_card(keep_layers(open_checkpoint(parent), [0, 1, 7], rule), "Llama-3-x")).section("## How it was made")
+def test_each_rule_has_its_reason(parent, rule, said, planned):
+    assert said in planned(keep_layers(open_checkpoint(parent), [0, 1, 7], rule), "Llama-3-x").section("## How it was made")
 
 
-def test_layers_that_stand_more_than_once(parent, read):
-    card = read(make_card(keep_layers(open_checkpoint(parent), [*range(8), *range(4, 8)], "layers"), "Llama-3-deep"))
+def test_layers_that_stand_more_than_once(parent, planned):
+    card = planned(keep_layers(open_checkpoint(parent), [*range(8), *range(4, 8)], "layers"), "Llama-3-deep")
     assert "████2222" in card.text and "12 of them where that has 8" in card.text and "2312.15166" in card.text
 
 
@@ -242,7 +244,7 @@ def test_a_hub_parent_is_named_without_being_asked(child, read):
 
 
 @pytest.mark.parametrize("way", ["cache", "config", "card"])
-def test_a_local_parent_that_tells_its_hub_id(parent, home, read, way):
+def test_a_local_parent_that_tells_its_hub_id(parent, home, way, planned):
     place = parent
     if way == "cache":
         place = home / "models--meta-llama--Meta-Llama-3-8B" / "snapshots" / ("1" * 40)
@@ -254,26 +256,74 @@ def test_a_local_parent_that_tells_its_hub_id(parent, home, read, way):
         text = (parent / "README.md").read_text()
         (parent / "README.md").write_text(text.replace("license:", "base_model: meta-llama/Meta-Llama-3-8B\nlicense:"))
     child = keep_layers(open_checkpoint(place), [0, 1], "first")
-    assert read(make_card(child, "Llama-3-1B")).data["base_model"] == "meta-llama/Meta-Llama-3-8B"
+    assert planned(child, "Llama-3-1B").data["base_model"] == "meta-llama/Meta-Llama-3-8B"
     cut = keep_layers(open_checkpoint(write(child, home / "first")), [0], "first")  # and through a cut that was written
-    card = read(make_card(cut, "Llama-3-1B"))
+    card = planned(cut, "Llama-3-1B")
     assert card.data["base_model"] == "meta-llama/Meta-Llama-3-8B" and "2. **Cut** `first` to its layers 0," in card.text
 
 
-def test_a_licence_that_the_hub_does_not_list(parent, read):
+@pytest.mark.parametrize("named", ["models/child", "checkpoints/llama-cut", "org/model"])
+def test_what_may_be_a_folder_is_no_model_of_the_hub(trained, adapter, home, read, named):
+    shutil.rmtree(home / "child")
+    for folder in (trained, adapter):
+        text = (folder / "README.md").read_text().replace(f"{home}/child", named)
+        (folder / "README.md").write_text(text.replace("HuggingFaceFW/fineweb", "corpus/train"))
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": named}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    for folder in (trained, adapter):
+        missing = write_card(folder).missing
+        card = read(folder)
+        assert "base_model" not in card.data and f"huggingface.co/{named}" not in card.text and f"`{named.partition('/')[2]}`" in card.text
+        assert any(line.startswith(f"base_model: `{named}` may be a folder") for line in missing)
+        assert "corpus/train" not in card.data.get("datasets", []) and "huggingface.co/datasets/corpus" not in card.text
+    assert any(line.startswith("datasets: `corpus/train`") for line in write_card(trained).missing)
+    text = read(trained).text
+    (trained / "README.md").write_text(text.replace("library_name:", f"base_model: {named}\nlibrary_name:", 1))
+    assert not any(line.startswith("base_model") for line in write_card(trained).missing)
+    assert f"(https://huggingface.co/{named})" in read(trained).text  # a person has said so
+
+
+def test_what_a_local_parents_config_was_saved_as_is_no_model_of_the_hub(parent, planned):
+    config = json.loads((parent / "config.json").read_text()) | {"_name_or_path": "outputs/merged"}
+    (parent / "config.json").write_text(json.dumps(config))
+    card = planned(keep_layers(open_checkpoint(parent), [0, 1], "first"), "Llama-3-1B")
+    assert "base_model" not in card.data and "outputs/merged" not in card.text
+
+
+def test_the_record_of_another_training_is_not_taken_for_this_ones(healed, home, read):
+    config = json.loads((home / "training" / "adapter_config.json").read_text()) | {"r": 64}
+    (home / "training" / "adapter_config.json").write_text(json.dumps(config))
+    assert any(line.startswith("training: ") and "another adapter" in line for line in write_card(healed).missing)
+    card = read(healed)
+    assert "## Training" not in card.text and "learning_rate" not in card.text and "healed by training it further" in card.text
+
+
+def test_the_licence_of_what_the_card_says_it_was_made_from_counts(make, home, read):
+    make(home / "m")
+    (home / "m" / "README.md").write_text("---\nbase_model:\n- meta-llama/Meta-Llama-3-8B\n---\n# Mine\n")
+    written = write_card(home / "m")
+    assert read(home / "m").data["license"] == "llama3" and written.notice and "**Built with Meta Llama 3**" in read(home / "m").text
+    assert any(line.startswith("name: ") for line in written.missing)
+    text = read(home / "m").text.replace("license: llama3", "license: mit")
+    (home / "m" / "README.md").write_text(text)
+    with pytest.raises(DowncycleError, match="begins with 'Llama 3'"):
+        check_name(gather(open_checkpoint(home / "m"), "small", home / "m", read(home / "m").data), "me/small")
+
+
+def test_a_licence_that_the_hub_does_not_list(parent, planned):
     text = (parent / "README.md").read_text()
     (parent / "README.md").write_text(text.replace("license: llama3", "license: other\nlicense_name: acme\nlicense_link: LICENSE"))
-    data = read(make_card(keep_layers(open_checkpoint(parent), [0], "first"), "x")).data
+    data = planned(keep_layers(open_checkpoint(parent), [0], "first"), "x").data
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "acme", "LICENSE")
     (parent / "README.md").write_text(text.replace("license: llama3", "license: other\nlicense_name: llama4"))
-    data = read(make_card(keep_layers(open_checkpoint(parent), [0], "first"), "x")).data
+    data = planned(keep_layers(open_checkpoint(parent), [0], "first"), "x").data
     assert (data["license"], data["license_name"]) == ("other", "llama4") and "llama4/license" in data["license_link"]
 
 
 @pytest.mark.parametrize("text", ["\xff\xfe", "---\na: [\n---\n", "---\n- x\n---\n", "", "# only words"])
-def test_a_parents_card_that_says_nothing_does_no_harm(parent, read, text):
+def test_a_parents_card_that_says_nothing_does_no_harm(parent, text, planned):
     (parent / "README.md").write_bytes(text.encode("latin-1"))
-    assert read(make_card(keep_layers(open_checkpoint(parent), [0], "first"), "x")).data["license"] == "llama3"  # its LICENSE says so
+    assert planned(keep_layers(open_checkpoint(parent), [0], "first"), "x").data["license"] == "llama3"  # its LICENSE says so
 
 
 def test_data_made_here_tell_where_they_are_from(healed, home, read):
@@ -288,7 +338,7 @@ def test_data_made_here_tell_where_they_are_from(healed, home, read):
     write_card(healed)
     card = read(healed)
     assert card.data["datasets"] == ["HuggingFaceFW/fineweb"]
-    assert "1,234,567 tokens in 890 documents" in card.text and "part `CC-MAIN-2024-10`" in card.text and "`data/private`" in card.text
+    assert "1,234,567 tokens in 890 documents" in card.text and "part `CC-MAIN-2024-10`" in card.text and "- `private`" in card.text
 
 
 @pytest.mark.parametrize(
@@ -364,6 +414,25 @@ def test_results_become_a_model_index_as_the_leaderboard_spelt_it(healed, result
     }
 
 
+def test_ways_of_measuring_one_data_set_stay_apart(healed, results, read):
+    def score(shots, metric, value, limit=None):
+        return Score("hellaswag", "HellaSwag", metric, value, 0.01, shots, 100, limit, "1.0", group="openllm")
+
+    scores = (score(10, "acc_norm", 0.4), score(0, "acc_norm", 0.3), score(10, "acc", 0.2), score(10, "acc_norm", 0.1, limit=50))
+    texts = tuple(replace(results.models[1].perplexity[0], length=length, perplexity=float(length)) for length in (64, 128))
+    models = (results.models[0], replace(results.models[1], scores=scores, perplexity=texts))
+    write_card(healed, replace(results, models=models))
+    found = [(one.dataset_args, one.metric_type, one.metric_value) for one in read(healed).results if one.metric_type != "bits_per_byte"]
+    assert found == [
+        ({"num_few_shot": 10}, "acc_norm", 40.0),
+        ({"num_few_shot": 10}, "acc", 20.0),
+        ({"num_few_shot": 0}, "acc_norm", 30.0),
+        ({"num_few_shot": 10, "limit": 50}, "acc_norm", 10.0),
+        ({"window": 64, "stride": 32, "tokens": 1000}, "perplexity", 64.0),
+        ({"window": 128, "stride": 32, "tokens": 1000}, "perplexity", 128.0),
+    ]
+
+
 def test_the_evaluation_shows_the_models_side_by_side(healed, results, read):
     written = write_card(healed, results)
     section = read(healed).section("## Evaluation")
@@ -391,7 +460,7 @@ def test_results_stay_in_the_card_when_a_later_run_has_none(healed, results, rea
     write_card(healed)
     after = read(healed)
     assert after.section("## Evaluation") == before.partition("\n## Evaluation\n")[2].partition("\n## ")[0]
-    assert len(after.results) == 5
+    assert len(after.results) == 5 and "No benchmark results" not in after.text
 
 
 def test_results_that_come_later_get_their_place(healed, results, read):
@@ -439,16 +508,16 @@ def test_the_same_input_gives_the_same_bytes(healed, results, home):
     assert card_files(child, "x") == card_files(child, "elsewhere/x")
 
 
-def test_names_that_are_no_plain_words_do_not_break_the_card(parent, read):
+def test_names_that_are_no_plain_words_do_not_break_the_card(parent, planned):
     child = keep_layers(open_checkpoint(parent), [0], "first")
-    card = read(make_card(child, 'we|ird `name` "<!-- /downcycle:summary -->"'))
+    card = planned(child, 'we|ird `name` "<!-- /downcycle:summary -->"')
     assert card.text.count("<!-- /downcycle:summary -->") == 1
     compile(re.search(r"```python\n(.*?)```", card.text, re.S)[1], "card", "exec")
 
 
-def test_a_packed_model_states_bytes_and_no_parameters(make, home, read):
+def test_a_packed_model_states_bytes_and_no_parameters(make, home, planned):
     make(home / "m", config={"quantization_config": {"quant_method": "gptq"}, "dtype": "float16"})
-    card = read(make_card(open_checkpoint(home / "m"), "m"))
+    card = planned(open_checkpoint(home / "m"), "m")
     assert "of packed weights" in card.text and "parameters" not in card.text and "dtype=" not in card.text
 
 

@@ -102,6 +102,25 @@ def test_lines_of_keys_that_stay_are_not_touched():
 
 
 @pytest.mark.parametrize(
+    "text", ["my key: 1", "a:b: 1", '"my key": 1', "? license\n: mit", "b: &b {x: 1}\n<<: *b", "license: a\nlicense: mit"]
+)
+def test_no_key_is_written_twice(text):
+    front = read_front_matter(f"---\n# mine\n{text}\n---\n")
+    written = write_front_matter(front, {**front.data, "language": "de"})
+    keys = [key.value for key, _ in yaml.compose(written).value]
+    assert len(set(keys)) == len(keys) and yaml.safe_load(written) == {**front.data, "language": "de"}
+    assert ("# mine" in written) == (text in ("my key: 1", "a:b: 1", '"my key": 1'))
+
+
+def test_the_same_data_set_measured_in_another_way_is_another_result():
+    ours, theirs = result("gsm8k", 30), result("gsm8k", 71)
+    ours["dataset"] |= {"args": {"num_few_shot": 5}}
+    theirs["dataset"] |= {"args": {"num_few_shot": 8}}
+    united = unite({}, index(theirs), index(ours))["model-index"][0]["results"]
+    assert sorted(map(str, united)) == sorted(map(str, [ours, theirs]))
+
+
+@pytest.mark.parametrize(
     "text", ["{license: mit, tags: [a]}", '"license": mit\n? tags\n: [a]', "license: >\n  mit\ntags: &t [a]\nmore: *t"]
 )
 def test_metadata_in_any_spelling_can_be_changed(text):

@@ -6,7 +6,7 @@ from downcycle.eval.card.licences import KNOWN, duties, known_licence, licence_i
 
 FITS = {
     "llama3": ["Llama-3-6B", "llama-3-6b-v0.1", "Llama_3_6B", "Llama 3 small", "Llama3-6B", "me/Llama-3-6B", "Llama-3.1-like"],
-    "llama3.1": ["Llama-3.1-6B", "Llama-tiny", "me/llama_x", "Llama"],
+    "llama3.1": ["Llama-3.1-6B", "Llama-tiny", "me/llama_x", "Llama", "Llama3.1-6B", "Llama3-6B"],
     "llama3.2": ["Llama-3.2-1B"],
     "llama3.3": ["Llama-x"],
     "llama4": ["Llama-4-Scout-cut"],

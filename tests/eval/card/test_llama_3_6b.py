@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 
 from downcycle import keep_layers, open_checkpoint, write
-from downcycle.eval.card.card import card_files, make_card, write_card
+from downcycle.eval.card.card import card_files, write_card
 from downcycle.recipes import configs
 from downcycle.surgery import hub_faults
 from downcycle.surgery.checkpoint import Checkpoint, Tensor
@@ -36,7 +36,7 @@ def llama_3_8b() -> Checkpoint:
 
 
 @pytest.fixture
-def card(home, read, heal):
+def card(home, planned, heal):
     steps = [1, *(round(STEPS * quarter / 4) for quarter in range(1, 8))]
     log = [{"step": step, "epoch": step / STEPS, "eval_loss": loss} for step, loss in zip(steps, EVALS, strict=True)]
     output = home / "outputs" / "llama-3-6b-published"
@@ -45,8 +45,8 @@ def card(home, read, heal):
     (home / "Llama-3-6B").mkdir()
     (home / "Llama-3-6B" / "axolotl.yaml").write_text(configs.config_texts()["llama-3-6b/llama-3-6b.yaml"])
     child = keep_layers(llama_3_8b(), [*range(24)], "first")
-    healed = heal(child, "outputs/llama-3-6b-published", parent="Llama-3-6B", revision=None)
-    return read(make_card(healed, "prince-canuma/Llama-3-6B-v0.1"))
+    healed = heal(child, output, parent="Llama-3-6B", revision=None, adapter="outputs/llama-3-6b-published")
+    return planned(healed, "prince-canuma/Llama-3-6B-v0.1")
 
 
 def test_its_metadata_say_what_the_published_ones_say(card):
@@ -86,7 +86,7 @@ def test_its_hyper_parameters_and_the_whole_recipe_are_there(card):
     ):
         assert f"| {row} |" in card.section("## Training")
     assert "optimizer: paged_adamw_32bit" in card.section("## Recipe") and "<details>" in card.section("## Recipe")
-    assert 'from_pretrained("prince-canuma/Llama-3-6B-v0.1", dtype="bfloat16")' in card.text
+    assert 'from_pretrained("Llama-3-6B-v0.1", dtype="bfloat16")' in card.text
     assert "2404.08634" in card.section("## Citation") and "2305.14314" in card.section("## Citation")
 
 

@@ -4,16 +4,18 @@ import pytest
 import yaml
 
 from downcycle.eval.card.redact import NOTE, SECRET, redact_recipe, scrub
+from downcycle.eval.secrets import find_secrets
 
 LOOKS = [
-    "hf_abcdefghijklmnopqrstuvwx",
-    "ghp_abcdefghijklmnopqrstuvwxyz012345",
-    "github_pat_11ABCDEFG0abcdefghijkl",
-    "sk-proj-abcdefghijklmnopqrstuv",
+    "hf_abcdefghijklmnopqrstuvwxABCDEFGHIJ",
+    "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
+    "github_pat_11ABCDEFG0abcdefghijkl_abcdefghijklmnopqrstuv",
+    "sk-proj-abcdefgh12ijklmnopqrst34",
     "AKIAABCDEFGHIJKLMNOP",
-    "xoxb-1234567890-abcdef",
-    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NSJ9.abc_def",
+    "xoxb-1234567890-abcdefghij12",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NSJ9.abc_defghijklm",
 ]
+HEX = "0123456789abcdef0123456789abcdef01234567"
 KEYS = ["hf_token", "wandb_api_key", "api_key", "aws_secret_access_key", "password", "hub_token", "token", "wandb_entity", "hub_model_id"]
 
 
@@ -43,6 +45,27 @@ def test_the_value_of_a_secret_key_is_taken_out_and_the_yaml_stays_yaml(key, lin
     assert value is None or SECRET in str(value)
 
 
+WITHIN = {
+    "# export WANDB_API_KEY={}": "# export WANDB_API_KEY=REDACTED",
+    "# wandb login {}": "# wandb login REDACTED",
+    "# Run: WANDB_API_KEY={} axolotl train x.yaml": "# Run: WANDB_API_KEY=REDACTED axolotl train x.yaml",
+    "# Run: HF_TOKEN=short axolotl train x.yaml": "# Run: HF_TOKEN=REDACTED axolotl train x.yaml",
+    "# env: {{WANDB_API_KEY: {}}}": "# env: {WANDB_API_KEY: REDACTED}",
+    "x: 1  # api_key: 'a b', then": "x: 1  # api_key: REDACTED, then",
+    "hub_token: |\n  short\nx: 1": "hub_token: |\n  REDACTED\nx: 1",
+    "- hub_token: >-\n    two words\n    more\n  x: 1": "- hub_token: >-\n    REDACTED\n  x: 1",
+    "# hub_token: |\n#   short\n# x: 1": "# hub_token: |\n#   REDACTED\n# x: 1",
+    "# curl -H 'Authorization: Bearer {}'": "# curl -H 'Authorization: Bearer REDACTED'",
+}
+
+
+@pytest.mark.parametrize("before", WITHIN)
+def test_a_secret_is_taken_out_wherever_it_stands(before):
+    text = redact_recipe(before.format(HEX))
+    assert text == f"{NOTE}\n{WITHIN[before]}\n"
+    assert find_secrets(text.encode()) == [] and redact_recipe(text) == text
+
+
 @pytest.mark.parametrize(
     "key", ["pad_token", "eos_token", "max_tokens", "tokens", "tokenizer_type", "wandb_project", "wandb_mode", "monkey"]
 )
@@ -63,6 +86,14 @@ def test_what_only_sounds_secret_stays(key):
         ("# axolotl train /data/jane/a.yaml --out=/data/jane/b", "# axolotl train a.yaml --out=b"),
         ("a: /data/m\n# /data/m-healed, then /data/m.", "a: m\n# m-healed, then m."),
         ("path: C:\\Users\\jane\\x", "path: x"),
+        ("path: C:/Users/jane/x", "path: x"),
+        ("# at C:/Users/jane/x", "# at x"),
+        ("# \\\\host\\jane\\x", "# x"),
+        ("# train a.yaml >/srv/jane/out.log 2>/srv/jane/err.log", "# train a.yaml >out.log 2>err.log"),
+        ("# x: [/home/jane/a, /home/jane/b]", "# x: [a, b]"),
+        ("# {/home/jane/a} |/home/jane/b|", "# {a} |b|"),
+        ("# cc -I/home/jane/x", "# cc -Ix"),
+        ("# in ~jane/data", "# in data"),
     ],
 )
 def test_paths_are_shortened_to_their_names(before, after):
@@ -76,6 +107,9 @@ def test_paths_are_shortened_to_their_names(before, after):
         "output_dir: ./outputs/x",
         "output_dir: outputs/x",
         "url: https://host.org/a/b?c=d#e",
+        "x: ${HOME}/jane/y",
+        "x: $HOME/jane",
+        "# split by \\\\d+ and C:// or c:/",
         'chat: "[/INST] </s> <|/im|> {/x}"',
         "lr: 1e-4  # and/or 3 tokens/s, 1/2, half / whole",
         "revision: 0123456789abcdef0123456789abcdef01234567",
@@ -86,7 +120,7 @@ def test_what_is_no_path_stays(text):
 
 
 def test_what_was_redacted_is_not_changed_again():
-    once = redact_recipe("base_model: /data/jane/child\nhf_token: hf_abcdefghijklmnopqrstuvwx\n")
+    once = redact_recipe("base_model: /data/jane/child\nhf_token: hf_abcdefghijklmnopqrstuvwx\napi_key: |\n  abc\n")
     assert redact_recipe(once) == once
     assert once.count(NOTE) == 1
 

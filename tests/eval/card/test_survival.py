@@ -10,9 +10,16 @@ import pytest
 from downcycle import DowncycleError
 from downcycle.eval.card import card as card_module
 from downcycle.eval.card.card import write_card
-from downcycle.eval.card.marks import Record, is_marked, put_record, section_in, splice, take_record, wrap
+from downcycle.eval.card.marks import Record, is_marked, put_record, splice, take_record, wrap
+from downcycle.eval.card.parents import bibtex
 
 ORDER = ["a", "b", "c", "d"]
+
+
+def section_in(text, name):
+    """What stands between the marks of a section."""
+    found = re.search(rf"<!-- downcycle:{name} [0-9a-f]{{16}} -->\n(.*?)\n?<!-- /downcycle:{name} -->", text, re.S)
+    return found[1] if found else ""
 
 
 @pytest.fixture(autouse=True)
@@ -128,11 +135,14 @@ def test_without_the_record_nothing_of_a_persons_is_lost(written, home):
     assert "thumbnail: mine.png" in after and "Mine." in after and "2.4001" in after and after.count("## Training\n") == 1
 
 
-@pytest.mark.parametrize("record", ["{", "3", '{"sections": 5, "metadata": 6}', '{"sections": [1], "metadata": {"tags": {"a": 1}}}'])
+@pytest.mark.parametrize("record", ["{", "3", '{"sections": 5, "metadata": 6}', '{"sections": [1]}'])
 def test_a_damaged_record_does_no_harm(written, home, record):
     written.write_text(re.sub(r"(<!-- downcycle-record ).*?( -->)", lambda found: found[1] + record + found[2], written.read_text()))
     renew(written, home)
-    assert written.read_text().count("downcycle-record") == 1 and "2.4001" in written.read_text()
+    assert f"<!-- downcycle-record {record} -->" in written.read_text() and "2.4001" in written.read_text()
+    before = written.read_text()
+    renew(written, home)
+    assert before.count("<!-- downcycle-record ") == written.read_text().count("<!-- downcycle-record ") == 2  # theirs is text now
 
 
 def test_metadata_of_a_persons_survive_and_ours_are_renewed(written, home, read):
@@ -142,13 +152,13 @@ def test_metadata_of_a_persons_survive_and_ours_are_renewed(written, home, read)
     edit(written, "library_name: transformers", "library_name: mlx")
     text = (home / "training" / "README.md").read_text()
     (home / "training" / "README.md").write_text(
-        text.replace("  - path: prince-canuma/fineweb-CC-MAIN-2024-10-1B-en", "  - path: org/other")
+        text.replace("  - path: prince-canuma/fineweb-CC-MAIN-2024-10-1B-en", "  - path: HuggingFaceFW/fineweb")
     )
     renew(written, home)
     data = read(written.parent).data
     assert data["thumbnail"] == "mine.png" and data["metrics"] == ["perplexity"] and data["library_name"] == "mlx"
     assert "tiny" in data["tags"] and "downcycle" not in data["tags"] and "axolotl" in data["tags"]
-    assert data["datasets"] == ["org/other"]  # nobody had touched them
+    assert data["datasets"] == ["HuggingFaceFW/fineweb"]  # nobody had touched them
     assert "license: llama3  # asked Meta\n" in written.read_text()
 
 
@@ -157,9 +167,9 @@ def test_what_was_not_known_for_a_while_is_renewed_all_the_same(written, home, r
     (home / "training" / "README.md").unlink()
     renew(written, home)
     assert read(written.parent).data["datasets"] == ["prince-canuma/fineweb-CC-MAIN-2024-10-1B-en", "HuggingFaceFW/fineweb"]
-    (home / "training" / "README.md").write_text(trainers.replace("prince-canuma/fineweb-CC-MAIN-2024-10-1B-en", "org/other"))
+    (home / "training" / "README.md").write_text(trainers.replace("prince-canuma/fineweb-CC-MAIN-2024-10-1B-en", "HuggingFaceFW/fineweb"))
     renew(written, home)
-    assert read(written.parent).data["datasets"] == ["org/other"]
+    assert read(written.parent).data["datasets"] == ["HuggingFaceFW/fineweb"]
 
 
 def test_a_recipe_that_holds_our_marks_does_not_end_its_section(healed, home):
@@ -196,6 +206,73 @@ def test_a_persons_words_in_a_trainers_card_are_kept_and_its_paths_and_secrets_a
     before = card.text
     write_card(adapter)
     assert read(adapter).text == before
+
+
+ADDED = [
+    "- Intended use: reading bedtime stories to my cat",
+    "- Trained by: Ann, at the cat shelter",
+    "| cat | 9 |",
+    "# About the cats",
+    "This model was trained from scratch on the cats dataset. Ask them.",
+    "<!-- a note of mine -->",
+]
+
+
+@pytest.mark.parametrize("line", ADDED)
+@pytest.mark.parametrize("place", ["## Training and evaluation data\n", "### Training results\n", "## Model description\n"])
+def test_every_line_that_no_trainer_writes_is_kept_and_told(adapter, read, line, place):
+    edit(adapter / "README.md", place, f"{line}\n\n{place}")
+    assert write_card(adapter).kept_by_hand == ["what was added to the trainer's card"]
+    assert f"\n{line}\n" in read(adapter).text
+    assert write_card(adapter).kept_by_hand == [] and f"\n{line}\n" in read(adapter).text
+
+
+def test_metadata_that_no_trainer_writes_are_kept(adapter, read):
+    path = adapter / "README.md"
+    edit(path, "tags:\n", "pipeline_tag: text2text-generation\ntags:\n- cats\n")
+    edit(path, "  results: []", "  results:\n  - task: {type: x}\n    dataset: {type: t, name: n}\n    metrics: [{type: acc, value: 1}]")
+    text = path.read_text()
+    path.write_text(re.sub(r"^base_model: .*home.*$", "base_model: org/real", text, count=1, flags=re.M))
+    write_card(adapter)
+    data = read(adapter).data
+    assert "cats" in data["tags"] and data["pipeline_tag"] == "text2text-generation" and data["base_model"] == "org/real"
+    assert data["model-index"][0]["results"][0]["metrics"] == [{"type": "acc", "value": 1}]
+
+
+@pytest.mark.parametrize("rest", ['{"metadata": \n\nMINE\n\n<!-- a note -->\nend\n', "{} --> is a mark. MINE\n", "{} -->\nMINE\n"])
+def test_half_a_record_and_a_quoted_one_take_no_words_with_them(written, home, rest):
+    text = written.read_text()
+    record = re.search(r"<!-- downcycle-record .*\n", text)[0]
+    for changed in (
+        text.replace(record, f"<!-- downcycle-record {rest}"),
+        text.replace(record, f"`<!-- downcycle-record {rest}\n{record}"),
+    ):
+        written.write_text(changed)
+        renew(written, home)
+        after = written.read_text()
+        assert f"<!-- downcycle-record {rest.rstrip()}" in after and "2.4001" in after
+        renew(written, home)
+        assert written.read_text() == after
+
+
+def test_a_record_inside_a_line_is_a_persons(written, home):
+    quoted = "Mine: " + re.search(r"<!-- downcycle-record .*\n", written.read_text())[0]
+    written.write_text(written.read_text() + quoted)
+    renew(written, home)
+    assert quoted in written.read_text() and "2.4001" in written.read_text()
+
+
+def test_a_single_line_of_windows_changes_no_other(written, home):
+    edit(written, "<!-- downcycle:use", "One\r\nTwo\n\n<!-- downcycle:use")
+    renew(written, home)
+    assert b"\r\n" not in written.read_bytes() and b"One\nTwo\n" in written.read_bytes()
+
+
+def test_marks_without_an_end_and_entries_without_a_brace_are_read_once():
+    body = "<!-- downcycle:use 0123456789abcdef -->\n" * 100_000
+    assert splice(body, {}, ORDER, ()).text == body and not is_marked(body)
+    assert list(bibtex("@misc{a,\n" * 100_000 + "@misc{b}\n")) == ["@misc{b}"]
+    assert list(bibtex("@x{ {a} }\n\n@y{\n@z{1}} tail")) == ["@x{ {a} }", "@z{1}"]
 
 
 def test_pefts_empty_template_is_replaced_and_a_filled_one_is_kept(adapter, read):
@@ -299,7 +376,7 @@ def test_what_a_person_took_from_the_recipe_is_not_read_back(trained, home):
     shutil.rmtree(home / "child")
     edit(trained / "README.md", "datasets:\n  - path: HuggingFaceFW/fineweb", "datasets:\n  - path: org/mine")
     assert write_card(trained).kept_by_hand == ["recipe"]
-    assert "org/mine" in section_in((trained / "README.md").read_text(), "training")
+    assert "- `mine`\n" in section_in((trained / "README.md").read_text(), "training")
 
 
 def texts(**sections):

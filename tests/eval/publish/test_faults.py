@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session, get_session
 
+from downcycle.eval.publish.connection import REPEATS
 from downcycle.eval.publish.faults import ATTEMPTS, plain
 from downcycle.eval.publish.files import plan_push
 from downcycle.eval.publish.push import push
@@ -66,6 +67,16 @@ def test_what_does_not_pass_is_told(hub, plan, line, waits, route):
     fail(hub, route, status=500)
     text = line(push, plan)
     assert text.startswith(f"{REPO}: 127.0.0.1 fails (500), {ATTEMPTS} times in a row; try again later: what has arrived stays there")
+
+
+def test_storage_that_fails_for_ever_is_not_asked_for_ever(hub, plan, line, waits):
+    fail(hub, "store", status=503)
+    assert f"fails (503), {ATTEMPTS} times in a row" in line(push, plan)
+    files = 5  # that are large, and may be sent at once
+    assert len(hub.asked(ROUTES["store"])) <= REPEATS + ATTEMPTS * files
+    hub.faults.clear()
+    push(plan)
+    assert len(hub.objects) == files
 
 
 @pytest.mark.parametrize("route", ["create", "preupload", "store", "complete", "verify", "commit"])
@@ -138,14 +149,14 @@ def test_commits_of_others(hub, plan, files_of, line, waits):
     assert f"others commit to it at this moment (412), {ATTEMPTS} times in a row" in line(push, plan)
 
 
-ASKED = [({"Retry-After": "3600"}, 3600), ({"RateLimit": '"api";r=0;t=900'}, 900)]
+ASKED = [({"Retry-After": "100000"}, "28 h"), ({"RateLimit": '"api";r=0;t=900'}, "15 min"), ({"Retry-After": "321"}, "321 s")]
 
 
-@pytest.mark.parametrize(("headers", "seconds"), ASKED)
+@pytest.mark.parametrize(("headers", "span"), ASKED)
 @pytest.mark.parametrize("route", ["look", "create", "preupload", "store", "commit"])
-def test_a_wait_beyond_patience_is_told(hub, plan, line, waits, route, headers, seconds):
+def test_a_wait_beyond_patience_is_told(hub, plan, line, waits, route, headers, span):
     fail(hub, route, status=429, headers=headers)
-    assert f"limits the rate of requests (429); wait {seconds} s: what has arrived stays there" in line(push, plan)
+    assert f"limits the rate of requests (429); wait {span}: what has arrived stays there" in line(push, plan)
     assert not waits
 
 

@@ -65,7 +65,6 @@ def test_what_goes_and_what_stays(full, hub):
     assert plan.files == {path: (full / path).stat().st_size for path in sorted(GO)}
     assert plan.bytes == sum(plan.files.values())
     assert plan.left_out == STAY
-    assert plan.kind == "model"
     assert plan.proof.startswith(f"verified: layers 0-1,5 of {full.parent / 'parent'}, ")
     assert not hub.requests  # nothing is asked of the Hub, nor sent
 
@@ -133,6 +132,11 @@ PLANTED = {
     "optimizer": ("optimizer.pt", "x", "states of an optimizer (optimizer.pt)"),
     "scheduler": ("scheduler.pt", "x", "states of an optimizer (scheduler.pt)"),
     "random": ("rng_state_0.pth", "x", "states of an optimizer (rng_state_0.pth)"),
+    "optimizer, numpy": ("optimizer_state.npz", "x", "states of an optimizer (optimizer_state.npz)"),
+    "optimizer, short": ("opt.npz", "x", "states of an optimizer (opt.npz)"),
+    "optimizer, safetensors": ("optimizer.safetensors", "x", "states of an optimizer (optimizer.safetensors)"),
+    "netrc": ("netrc", "x", "secrets by their names (netrc)"),
+    "utf-16": ("a.txt", f"\ufeff{SECRET}".encode("utf-16-le"), "a.txt: a Hugging Face token in line 1"),
     "sharded": ("__0_0.distcp", "x", "states of an optimizer (__0_0.distcp)"),
     "deepspeed": ("global_step12/a.txt", "x", "states of an optimizer (global_step12/)"),
     "optimizer below": ("notes/optimizer.bin", "x", "states of an optimizer (notes/optimizer.bin)"),
@@ -151,7 +155,7 @@ def test_what_is_refused(model, line, path, content, expected):
     place = os.path.join(os.fsencode(model), path if isinstance(path, bytes) else os.fsencode(path))
     os.makedirs(os.path.dirname(place), exist_ok=True)
     with open(place, "wb") as file:
-        file.write(content.encode())
+        file.write(content if isinstance(content, bytes) else content.encode())
     text = line(plan_push, model, REPO)
     assert text.startswith(f"{model}: not pushed, as it holds ") and expected in text
     assert "Take that out, and push again" in text and SECRET not in text
@@ -228,7 +232,7 @@ def llama(folder, tmp_path, make, origin="meta-llama/Meta-Llama-3-8B"):
 def test_a_llama_is_called_one(tmp_path, make, line, hub, repo, good):
     folder = llama(tmp_path / "child", tmp_path, make)
     if good:
-        assert plan_push(folder, repo).kind == "model"
+        assert plan_push(folder, repo).files
     else:
         text = line(plan_push, folder, repo)
         assert "Meta Llama 3 Community License" in text and "begins with 'Llama 3'" in text
@@ -256,6 +260,43 @@ def test_notes(tmp_path, make, model):
     assert "README.md does not" in notes and "LICENSE" not in notes and "NOTICE" not in notes
     (folder / "README.md").write_text("# A\nBuilt with Meta Llama 3\n")
     assert all(note.startswith("downcycle.json") for note in plan_push(folder, "ann/Llama-3-x").notes)
+
+
+OTHER_WEIGHTS = ["foreign.gguf", "sub/model.onnx", "a.npz", "b.h5", "opt-125m.npz"]
+
+
+def test_weights_in_other_formats_go_with_a_note(model):
+    for path in OTHER_WEIGHTS:
+        (model / path).parent.mkdir(exist_ok=True)
+        (model / path).write_bytes(b"1")
+    plan = plan_push(model, REPO)
+    assert set(OTHER_WEIGHTS) <= set(plan.files)
+    note = "nothing proves where the weights in a.npz, b.h5, foreign.gguf and 2 more come from; they go as they are"
+    assert [said for said in plan.notes if "proves" in said] == [note]
+
+
+PLACES = {
+    "home": ("README.md", "# A\nsee /home/bob/y, and more", "/home/bob/y"),
+    "macOS": ("notes/a.txt", "(/Users/bob/x)", "/Users/bob/x"),
+    "Windows": ("a.json", '{"a": "C:\\\\Users\\\\bob\\\\x"}', "C:\\\\Users\\\\bob\\\\x"),
+    "root": ("a.py", "x = '/root/x'", "/root/x"),
+}
+
+
+@pytest.mark.parametrize(("path", "text", "place"), PLACES.values(), ids=PLACES)
+def test_places_of_this_machine_are_noted(model, path, text, place):
+    (model / path).parent.mkdir(exist_ok=True)
+    (model / path).write_text(text)
+    assert f"{path} names a place of this machine, {place}" in plan_push(model, REPO).notes
+
+
+def test_where_a_model_was_loaded_from_is_noted(parent):
+    config = json.loads((parent / "config.json").read_text())
+    for place, is_noted in (("/data/bob/llama", True), ("../llama", True), ("meta-llama/x", False), ("", False)):
+        (parent / "config.json").write_text(json.dumps(config | {"_name_or_path": place}))
+        (parent / "README.md").write_text("# A\nhttps://host/home/bob and ./home/x/y\n")
+        notes = [note for note in plan_push(parent, REPO).notes if "names a place" in note]
+        assert notes == [f"config.json names a place of this machine, {place}"] * is_noted
 
 
 CARDS = {

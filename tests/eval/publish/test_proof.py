@@ -100,7 +100,7 @@ def test_an_adapter_arrives(hub, adapter, files_of):
     from downcycle.eval.publish.push import push
 
     plan = plan_push(adapter, REPO)
-    assert plan.kind == "adapter" and plan.proof == "whole: 2 tensors"
+    assert plan.proof == "whole: 2 tensors"
     assert "was not held against its base model" in plan.notes[0]
     assert plan.left_out == {"checkpoint-7/": "state of a training"}
     push(plan)

@@ -166,6 +166,16 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub, model, files_of):
     assert done.new_files == done.files
 
 
+def test_a_repo_that_was_renamed_is_called_by_its_new_name(hub, model, files_of):
+    hub.add_repo("ann/new-name", {"notes.txt": b"mine"})
+    hub.renamed[REPO] = "ann/new-name"
+    done = send(model)
+    assert done.url == f"{hub.endpoint}/ann/new-name"
+    assert hub.content("ann/new-name") == files_of(model) | {"notes.txt": b"mine"}
+    assert REPO not in hub.pushed
+    assert send(model).new_files == 0
+
+
 @pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
 def test_bars_are_for_terminals(hub, model, capsys, monkeypatch, terminal, quiet):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
