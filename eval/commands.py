@@ -60,6 +60,7 @@ def eval_models(
 ) -> None:
     """Measure models side by side: perplexity, benchmarks, speed and size. What was measured before is not measured again."""
     _hush()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # not in `demo`: Axolotl would show no steps
     from .evaluate import evaluate
     from .report.page import check_folder, write_report
     from .report.table import print_table
@@ -110,7 +111,7 @@ def card(
     if as_json:
         print_json({**asdict(written), "path": str(written.path)})
         return
-    for line in [f"kept as it was written by hand: {section}" for section in written.kept_by_hand] + written.missing:
+    for line in written.remarks():
         typer.echo(printable(line), err=True)
     typer.echo(written.path)
 
@@ -189,6 +190,5 @@ def _hush() -> None:
     """Keep libraries from talking into the progress, and their threads, which spin while they wait, from taking the cores of others."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("torchao", "torch.utils._pytree", "kernels", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -24,11 +24,12 @@ from .boilerplate import is_trainers, persons_words, portable, written_by_traine
 from .evaluation_text import evaluation
 from .facts import Facts, gather, gather_adapter, is_adapter, with_results
 from .front_matter import INDEX, FrontMatter, read_front_matter, remembered, unite, write_front_matter
-from .licences import base_models, known_licence, name_fault, notice
-from .marks import Record, is_marked, put_record, splice, take_record
+from .licences import base_models, is_own_notice, known_licence, licence_of_id, name_fault, notice
+from .marks import Record, Spliced, is_marked, put_record, splice, take_record
 from .metadata import make_metadata
-from .pictures import draw_pictures, found_pictures
+from .pictures import PICTURES, draw_pictures, drop_pictures, found_pictures
 from .redact import scrub
+from .repo_name import check_repo_name
 from .wording import plain
 
 README, NOTICE = "README.md", "NOTICE"
@@ -49,16 +50,27 @@ SECTIONS: dict[str, Callable[[Facts], str]] = {
 
 @dataclass(frozen=True)
 class CardWritten:
-    """What writing a card did. kept_by_hand: generated sections that a person changed or took out, and that were left so, and what else.
+    """What writing a card did. kept_by_hand: sections that a person changed or wrote, and what else; deleted_by_hand: that one took out.
 
     missing: what is not known or not there, and what would help, a line each. pictures, notice: what was written beside the card.
     """
 
     path: Path
     kept_by_hand: list[str]
+    deleted_by_hand: list[str]
     missing: list[str]
     pictures: list[str]
     notice: bool = False
+
+    def remarks(self) -> list[str]:
+        """Return in words what was left to a person, how to have that written anew, and what is missing."""
+        lines = [f"kept as it was written by hand: {name}" for name in self.kept_by_hand]
+        lines += [f"left out, as it was deleted by hand: {name}" for name in self.deleted_by_hand]
+        if {*self.kept_by_hand, *self.deleted_by_hand} & SECTIONS.keys():
+            lines.append(
+                f"to have a section written anew, delete from {README} all of it, its marks, and its name in `<!-- downcycle-record`"
+            )
+        return lines + self.missing
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,11 @@ def write_card(folder: Path, results: Results | None = None, *, name: str | None
         name: under which it will be published, USER/NAME [default: the folder's name].
         source: where the results are from, for messages.
     Raises:
-        DowncycleError: no model or adapter, a README.md that cannot be read, results of other weights; nothing is changed then.
+        DowncycleError: no model or adapter, a README.md that cannot be read, results of other weights, a name that the Hub does not take;
+            nothing is changed then.
     """
+    if name is not None:
+        check_repo_name(name)
     path = folder / README
     before = _read_existing(_read_readme(path), path)
     name = name or folder.resolve().name
@@ -99,14 +114,16 @@ def write_card(folder: Path, results: Results | None = None, *, name: str | None
     _write(facts, before, path)  # fails, if it must, before a picture is drawn
     try:
         pictures = draw_pictures(facts, folder)
-        text, kept = _write(_with_pictures(facts, folder), before, path)
+        text, done = _write(_with_pictures(facts, folder), before, path)
         _replace(path, text)
-        wanted = notice_for(facts)
-        if wanted:
-            _replace(folder / NOTICE, wanted)
+        hidden = [one for one in (PICTURES if before.record.sections else pictures) if one not in text]
+        drop_pictures(folder, hidden)
+        wanted = _renew_notice(facts, folder)
     except OSError as error:
         raise DowncycleError(f"{error.filename or folder}: {error.strerror}; the card cannot be written there") from error
-    return CardWritten(path, kept, _missing(facts), pictures, bool(wanted))
+    kept = [*done.kept, *done.own, *(["what was added to the trainer's card"] if before.is_trainers else [])]
+    shown = [one for one in pictures if one not in hidden]
+    return CardWritten(path, kept, list(done.gone), _missing(facts), shown, wanted)
 
 
 def known_results(folder: Path) -> Results | None:
@@ -134,6 +151,20 @@ def notice_for(facts: Facts) -> str | None:
     """Return the NOTICE that a model's licence asks for and that its folder lacks."""
     has = any(path.upper().startswith(NOTICE) for path in facts.files)
     return None if has else notice(facts.licence)
+
+
+def _renew_notice(facts: Facts, folder: Path) -> bool:
+    """Write the NOTICE that is asked for, and delete one written earlier that no licence asks for any more; whether one was written."""
+    path = folder / NOTICE
+    if path.is_file() and is_own_notice(there := path.read_bytes().decode(errors="replace")):
+        named = [facts.licence, *(parent.licence for parent in facts.parents), *map(licence_of_id, base_models(facts.card))]
+        if there not in map(notice, named):
+            path.unlink()
+            facts = replace(facts, files=tuple(name for name in facts.files if name != NOTICE))
+    wanted = notice_for(facts)
+    if wanted:
+        _replace(path, wanted)
+    return bool(wanted)
 
 
 def _with_pictures(facts: Facts, folder: Path | None) -> Facts:
@@ -175,21 +206,20 @@ def _check_index(data: Mapping[str, Any]) -> None:
             raise DowncycleError(f"its model-index is not as the Hub has it ({fault}); mend it, or take it out") from error
 
 
-def _write(facts: Facts, before: _Existing, path: Path = Path(README), check: bool = True) -> tuple[str, list[str]]:
-    """Return the whole card, and the generated sections that a person changed or took out."""
+def _write(facts: Facts, before: _Existing, path: Path = Path(README), check: bool = True) -> tuple[str, Spliced]:
+    """Return the whole card, and which of its sections are a person's."""
     texts = {name: scrub(text) if name != "recipe" else text for name, make in SECTIONS.items() if (text := make(facts))}
     ours = make_metadata(facts)
     known = before.record
     spliced = splice(before.body, texts, list(SECTIONS), known.sections)
     data = unite(known.metadata, before.front.data, ours)
-    written = dict.fromkeys([*known.sections, *(name for name in SECTIONS if name in texts)])
+    written = dict.fromkeys([*known.sections, *(name for name in SECTIONS if name in texts and name not in spliced.own)])
     record = Record(tuple(written), {**known.metadata, **remembered(ours)})
     yaml = write_front_matter(before.front, data)
     content = f"---\n{yaml}\n---\n\n{put_record(spliced.text.lstrip(chr(10)), record)}"
     if check:
         _validate(content, path)
-    words = ["what was added to the trainer's card"] if before.is_trainers else []
-    return content.replace("\n", before.line_end), [*spliced.kept, *spliced.gone, *words]
+    return content.replace("\n", before.line_end), spliced
 
 
 def _validate(content: str, path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ...terminal import format_bytes
 from ..report.compare import ScoreRow, TextRow, labels, recovered, score_rows, text_rows
-from ..report.numbers import write_count, write_figure, write_share, write_spread
+from ..report.numbers import write_chance, write_count, write_figure, write_share, write_spread
 from ..results import Results
 from .facts import Facts
 from .metadata import plain_name
@@ -40,8 +40,9 @@ def evaluation(facts: Facts) -> str:
 def _score(row: ScoreRow) -> list[str]:
     shots = f" ({row.shots}-shot)" if row.shots is not None else ""
     title = f"**{plain(row.title)}**" if row.tasks > 1 else plain(row.title) + shots
-    metric = plain(row.metric) + (f", first {row.limit:,}" if row.limit else "")
-    return [title, metric, *(_cell(row, place) for place in range(len(row.values)))]
+    chance = f"chance {write_chance(row.chance, row.percent)}" if row.chance else ""
+    metric = filter(None, [plain(row.metric), row.part, chance])
+    return [title, ", ".join(metric), *(_cell(row, place) for place in range(len(row.values)))]
 
 
 def _cell(row: ScoreRow, place: int) -> str:

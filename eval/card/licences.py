@@ -158,14 +158,23 @@ def notice(licence: str | None) -> str | None:
     return f"{known.notice}\n" if known and known.notice else None
 
 
-def duties(known: Licence) -> list[str]:
-    """Return what a licence asks of those who hand the model on, as sentences."""
+def is_own_notice(text: str) -> bool:
+    """Whether the text of a NOTICE file is one that is written here, to the byte."""
+    return text in map(notice, KNOWN)
+
+
+def duties(known: Licence, has_copy: bool) -> list[str]:
+    """Return what a licence asks of those who hand the model on, as sentences.
+
+    Args:
+        has_copy: the licence's text lies beside the model.
+    """
     asked = []
     if known.begins:
         asked.append(f"The name of a model made from it begins with “{known.begins}”.")
     if known.built_with:
         asked.append(f"“{known.built_with}” is shown prominently where it is distributed or used.")
-    if known.copy:
+    if known.copy and has_copy:
         asked.append("A copy of the licence goes with the model.")
     if known.notice:
         asked.append(f"A NOTICE file goes with it, which says: “{known.notice}”")

@@ -1,6 +1,7 @@
 """The generated sections of a model card: HTML comments that carry a digest of what stands between them.
 
-A section that was changed by hand is told by its digest, one that was taken out by the record at the end of the card. Knows no model.
+A section that was changed by hand is told by its digest, one that was taken out by the record at the end of the card, and one that lost
+its marks by its heading. Knows no model.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ class _Section:
 
 @dataclass(frozen=True)
 class Spliced:
-    """A card's text with its sections renewed. kept: those that a person changed, and gone: those that one took out; neither is renewed."""
+    """A card's text with its sections renewed, but for those that are a person's.
+
+    kept: those that one changed. own: those whose heading stands in one's own text. gone: those that one took out.
+    """
 
     text: str
     kept: tuple[str, ...]
+    own: tuple[str, ...]
     gone: tuple[str, ...]
 
 
@@ -61,12 +66,18 @@ def take_record(body: str) -> tuple[str, Record]:
     for found in _RECORD.finditer(body):  # noqa: B007
         pass
     try:
-        value = json.loads(found[1]) if found else {}
+        value = json.loads(_mended(found[1])) if found else {}
         record = Record(tuple(map(str, value["sections"])), dict(value["metadata"]))
     except (ValueError, KeyError, TypeError):
         return body, Record()
     assert found
     return f"{body[: found.start()].rstrip(chr(10))}\n{body[found.end() :].removeprefix(chr(10))}", record
+
+
+def _mended(spelt: str) -> str:
+    """Return a record without the commas of a name that a person deleted from its sections, which stand last."""
+    before, key, names = spelt.rpartition('"sections": [')
+    return before + key + re.sub(r"^[\s,]+|,\s*(?=[,\]])", "", names)
 
 
 def put_record(body: str, record: Record) -> str:
@@ -85,7 +96,6 @@ def splice(body: str, sections: Mapping[str, str], order: Sequence[str], known: 
     """
     kept: list[str] = []
     there: list[str] = []
-
     pieces, done = [], 0
     for one in _sections(body):
         if one.name not in there:  # else it is a copy that a person made
@@ -96,10 +106,30 @@ def splice(body: str, sections: Mapping[str, str], order: Sequence[str], known: 
                 pieces += [body[done : one.start], wrap(one.name, sections[one.name])]
                 done = one.end
     text = "".join([*pieces, body[done:]])
-    gone = [name for name in order if name in sections and name in known and name not in there]
-    for name in (name for name in order if name in sections and name not in there and name not in gone):
-        text = _insert(text, wrap(name, sections[name]), name, order)
-    return Spliced(text, tuple(kept), tuple(gone))
+    lines = _own_lines(body)
+    absent = [name for name in order if name in sections and name not in there]
+    own = [name for name in absent if sections[name].partition("\n")[0] in lines]
+    gone = [name for name in absent if name in known and name not in own]
+    for name in absent:
+        if name not in own and name not in gone:
+            text = _insert(text, wrap(name, sections[name]), name, order)
+    return Spliced(text, tuple(kept), tuple(own), tuple(gone))
+
+
+def _own_lines(body: str) -> set[str]:
+    """Return the lines that stand in no generated section and in no block of code."""
+    found: set[str] = set()
+    done, fence = 0, ""
+    pieces = []
+    for one in _sections(body):
+        pieces.append(body[done : one.start])
+        done = one.end
+    for line in "".join([*pieces, body[done:]]).splitlines():
+        if mark := re.match(r" {0,3}(```+|~~~+)", line):
+            fence = "" if fence and mark[1].startswith(fence) else fence or mark[1]
+        elif not fence:
+            found.add(line.rstrip())
+    return found
 
 
 def _sections(body: str) -> list[_Section]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from ..results import Results
@@ -36,6 +38,15 @@ def draw_pictures(facts: Facts, folder: Path) -> list[str]:
             staged.replace(folder / path)
             done.append(path)
     return done
+
+
+def drop_pictures(folder: Path, paths: Iterable[str]) -> None:
+    """Delete those of these pictures that a folder holds, and the folder below it that held nothing else."""
+    for path in paths:
+        if (folder / path).is_file():
+            (folder / path).unlink()
+            with suppress(OSError):
+                (folder / path).parent.rmdir()
 
 
 def found_pictures(folder: Path | None) -> list[str]:

@@ -10,7 +10,7 @@ import json
 from ...recipes.commands import RECIPE
 from ...surgery.checkpoint import DEMO
 from ...surgery.choose import format_layers
-from ...surgery.filenames import LINEAGE
+from ...surgery.filenames import LINEAGE, is_licence_text
 from ...surgery.verify import MERGE
 from ...terminal import format_bytes
 from ..origin import Step
@@ -113,12 +113,14 @@ def licence(facts: Facts) -> str:
     if not facts.licence:
         return ""
     known = known_licence(facts.licence)
+    alike = [parent for parent in facts.parents if parent.licence == facts.licence]
+    named = f", as that of {_named(alike[-1])}" if alike else ""
     if known is None:
-        return paragraphs(["## Licence", f"`{plain(facts.licence)}`, as {_named(facts.parent) if facts.parent else 'its parent'}."])
+        return paragraphs(["## Licence", f"`{plain(facts.licence)}`{named}."])
     title = f"[{known.title}]({known.link})" if known.link else known.title
     built = f"**{known.built_with}**" if known.built_with else ""
-    named = f", as that of {_named(facts.parent)}" if facts.parent and facts.parent.licence == facts.licence else ""
-    return paragraphs(["## Licence", f"{title}{named}.", built, bullets(duties(known))])
+    asked = duties(known, any(map(is_licence_text, facts.files)))
+    return paragraphs(["## Licence", f"{title}{named}.", built, bullets(asked)])
 
 
 def citation(facts: Facts) -> str:
@@ -162,7 +164,7 @@ def _state(facts: Facts) -> str:
     if facts.origin.kept is None or facts.adapter is not None:
         return ""
     if not facts.is_healed:
-        heals = f" `{RECIPE}` in this repo is a recipe for that." if RECIPE in facts.files else ""
+        heals = f" Where it was made, `{RECIPE}` beside it is a recipe for that." if RECIPE in facts.files else ""
         return f"It was not trained after the cut: it is a starting point for continued pretraining, and of no use as it is.{heals}"
     if facts.training is None:
         return "After the cut it was healed by training it further."

@@ -10,9 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from ...recipes.commands import RECIPE
 from ...surgery.adapter.config import ADAPTER_CONFIG
 from ...surgery.checkpoint import open_checkpoint
@@ -21,6 +18,7 @@ from ...surgery.filenames import CONFIG
 from ...surgery.sources import Progress
 from ..card.facts import Facts, gather, gather_adapter, is_adapter
 from ..card.redact import redact_recipe
+from ..card.repo_name import check_repo_name
 from ..secrets import find_secrets, own_secrets
 from .legal import check_name, notes, read_card
 from .places import places
@@ -129,16 +127,6 @@ def _recipe(folder: Path, facts: Facts) -> bytes:
     if facts.training and facts.training.recipe:
         return facts.training.recipe.encode()
     raise DowncycleError(f"--include-recipe: {folder} has no {RECIPE}, and that of its training was not found; copy it into the folder")
-
-
-def check_repo_name(repo: str) -> None:
-    """Refuse what cannot be the id of a repo."""
-    try:
-        validate_repo_id(repo if repo.isascii() else "")
-    except HFValidationError:
-        raise DowncycleError(f"{repo}: no name that the Hub takes; write USER/NAME, of letters, digits, '-', '_' and '.'") from None
-    if "/" not in repo:
-        raise DowncycleError(f"{repo}: no user or organisation before it; write USER/{repo}")
 
 
 def _secrets(contents: Mapping[str, Path | bytes]) -> dict[str, list[str]]:

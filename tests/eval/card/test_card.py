@@ -81,6 +81,57 @@ def test_a_notice_that_is_there_is_not_written_again(child, read):
     assert not write_card(child).notice
 
 
+def test_a_notice_that_is_no_longer_due_goes_and_one_of_a_persons_stays(make, home, read):
+    folder, card = make(home / "m"), home / "m" / "README.md"
+    card.write_text("---\nlicense: llama3\n---\n")
+    assert write_card(home / "m").notice and (home / "m" / "NOTICE").read_text() == META_NOTICE
+    card.write_text(card.read_text().replace("license: llama3", "license: gemma"))
+    assert write_card(home / "m").notice and "Gemma is provided" in (home / "m" / "NOTICE").read_text()
+    card.write_text(card.read_text().replace("license: gemma", "license: mit"))
+    assert not write_card(home / "m").notice and not (home / "m" / "NOTICE").exists()
+    (home / "m" / "NOTICE").write_text(META_NOTICE + "Mine.\n")
+    write_card(home / "m")
+    assert (home / "m" / "NOTICE").read_text() == META_NOTICE + "Mine.\n" and folder
+
+
+def test_a_notice_that_only_a_farther_parent_asks_for_stays(parent, child, home):
+    (child / "README.md").write_text("---\nlicense: mit\n---\n")
+    (child / "LICENSE").unlink()
+    near = write(keep_layers(open_checkpoint(child), [0, 1]), home / "near")
+    (near / "NOTICE").write_text(META_NOTICE)
+    write_card(near)
+    assert "license: mit" in (near / "README.md").read_text() and (near / "NOTICE").read_text() == META_NOTICE
+
+
+def test_a_licence_written_by_hand_is_not_said_to_be_the_parents(home, read):
+    folder = write(keep_layers(open_checkpoint("demo"), [0, 11], "ends"), home / "small")
+    (folder / "axolotl.yaml").write_text("base_model: small\n")
+    for licence, said in (("foo-bar", "`foo-bar`."), ("mit", "MIT License.")):
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        write_card(folder)
+        assert read(folder).section("## Licence").splitlines()[1] == said
+        assert "A copy of the licence" not in read(folder).text and "in this repo" not in read(folder).text
+    assert "Where it was made, `axolotl.yaml` beside it is a recipe" in read(folder).text
+    (folder / "LICENSE").write_text("MIT License\n")
+    write_card(folder)
+    assert "A copy of the licence goes with the model." in read(folder).text
+
+
+def test_an_unknown_licence_of_a_parents_is_said_to_be_its(parent, planned):
+    text = (parent / "README.md").read_text()
+    (parent / "README.md").write_text(text.replace("license: llama3", "license: foo-bar"))
+    card = planned(keep_layers(open_checkpoint(parent), [0], "first"), "x")
+    assert "`foo-bar`, as that of `Meta-Llama-3-8B`." in card.section("## Licence")
+
+
+@pytest.mark.parametrize("name", ["bad name/x", "a/b/c", "", "alone", "me/naïve", "me/x..y"])
+def test_a_name_that_the_hub_does_not_take_is_refused(child, tree, home, name):
+    before = tree(home)
+    with pytest.raises(DowncycleError, match="USER/") as raised:
+        write_card(child, name=name)
+    assert "\n" not in str(raised.value) and tree(home) == before
+
+
 def test_the_name_of_the_folder_is_checked_against_the_licence(child, home):
     assert any("begins with 'Llama 3'" in line for line in write_card(child).missing)
     child.rename(home / "Llama-3-small")
@@ -446,6 +497,18 @@ def test_the_evaluation_shows_the_models_side_by_side(healed, results, read):
     assert not any(line.startswith("evaluation") for line in written.missing)
 
 
+def test_the_evaluation_names_chance_and_how_much_was_used(healed, results, read):
+    def changed(model):
+        first, second, third = model.scores
+        return replace(model, scores=(replace(first, chance=0.25, limit=100), replace(second, limit=1000), replace(third, chance=None)))
+
+    write_card(healed, replace(results, models=tuple(map(changed, results.models))))
+    section = read(healed).section("## Evaluation")
+    assert "| ARC-Challenge (25-shot) | acc_norm, first 100, chance 25 |" in section
+    assert "| TruthfulQA (0-shot) | acc |" in section  # it has 817 examples, and all were used
+    assert "| Own task | word_perplexity, first 10 |" in section
+
+
 def test_results_of_other_weights_are_refused_and_nothing_is_written(parent, results, tree, home):
     child = write(keep_layers(open_checkpoint(parent), [1, 2]), home / "other")
     before = tree(home)
@@ -488,6 +551,26 @@ def test_pictures_are_drawn_where_matplotlib_is(healed, results, read):
     for path in written.pictures:
         assert (healed / path).read_bytes().startswith(b"\x89PNG") and f"]({path})" in read(healed).text
     assert sorted(path.name for path in (healed / "figures").iterdir()) == ["benchmarks.png", "layers.png", "loss.png"]
+
+
+def test_a_picture_that_the_card_no_longer_shows_is_deleted(healed, home, results, read):
+    pytest.importorskip("matplotlib")
+    write_card(healed, results)
+    (healed / "figures" / "mine.png").write_bytes(b"mine")
+    shutil.rmtree(home / "training")  # so that there is no loss to draw
+    text = (healed / "README.md").read_text()
+    (healed / "README.md").write_text(re.sub(r"<!-- downcycle:(training|making) .*?<!-- /downcycle:\1 -->\n", "", text, flags=re.S))
+    assert write_card(healed).pictures == []
+    assert sorted(path.name for path in (healed / "figures").iterdir()) == ["benchmarks.png", "mine.png"]  # what the card still shows
+    assert "](figures/benchmarks.png)" in read(healed).text
+
+
+def test_a_picture_of_a_persons_is_not_deleted_with_the_first_card(healed):
+    shutil.rmtree(healed.parent / "training")
+    (healed / "figures").mkdir()
+    (healed / "figures" / "loss.png").write_bytes(b"mine")
+    write_card(healed)
+    assert (healed / "figures" / "loss.png").read_bytes() == b"mine"
 
 
 def test_without_matplotlib_the_card_is_text(healed, results, read, monkeypatch):

@@ -2,7 +2,17 @@
 
 import pytest
 
-from downcycle.eval.card.licences import KNOWN, duties, known_licence, licence_in_card, licence_in_text, licence_of_id, name_fault, notice
+from downcycle.eval.card.licences import (
+    KNOWN,
+    duties,
+    is_own_notice,
+    known_licence,
+    licence_in_card,
+    licence_in_text,
+    licence_of_id,
+    name_fault,
+    notice,
+)
 
 FITS = {
     "llama3": ["Llama-3-6B", "llama-3-6b-v0.1", "Llama_3_6B", "Llama 3 small", "Llama3-6B", "me/Llama-3-6B", "Llama-3.1-like"],
@@ -57,13 +67,24 @@ def test_the_notices_of_the_others():
 
 @pytest.mark.parametrize("version", ["llama3.2", "llama4"])
 def test_the_clause_on_multimodal_models_and_the_eu_is_told_where_it_is(version):
-    assert any("European Union" in line and "multimodal" in line for line in duties(known_licence(version)))
-    assert not any("European Union" in line for line in duties(known_licence("llama3.1")))
+    assert any("European Union" in line and "multimodal" in line for line in duties(known_licence(version), True))
+    assert not any("European Union" in line for line in duties(known_licence("llama3.1"), True))
 
 
 def test_gemmas_terms_ask_that_changes_are_told():
-    assert [line for line in duties(known_licence("gemma")) if "changed" in line and "section 3.2" in line]
-    assert not any("section 3.2" in line for line in duties(known_licence("llama3")))
+    assert [line for line in duties(known_licence("gemma"), True) if "changed" in line and "section 3.2" in line]
+    assert not any("section 3.2" in line for line in duties(known_licence("llama3"), True))
+
+
+@pytest.mark.parametrize("licence", ["apache-2.0", "mit", "llama3", "gemma"])
+def test_a_copy_of_the_licence_is_told_where_there_is_one(licence):
+    told, untold = duties(known_licence(licence), True), duties(known_licence(licence), False)
+    assert set(told) - set(untold) == {"A copy of the licence goes with the model."} and set(untold) < set(told)
+
+
+def test_the_notices_written_here_are_known_to_the_byte():
+    assert all(is_own_notice(notice(name)) for name in ("llama2", "llama3", "llama3.3", "gemma"))
+    assert not any(map(is_own_notice, ["", notice("llama3")[:-1], notice("llama3") + "Mine.\n"]))
 
 
 def test_a_licence_is_known_by_the_metadata_of_a_card():

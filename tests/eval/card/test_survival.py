@@ -97,8 +97,49 @@ def test_a_generated_section_that_was_taken_out_stays_out(written, home):
     found = re.search(r"<!-- downcycle:citation .*?<!-- /downcycle:citation -->\n\n", text, re.S)
     written.write_text(text.replace(found[0], ""))
     for _ in range(2):
-        assert renew(written, home).kept_by_hand == ["citation"]
+        result = renew(written, home)
+        assert (result.kept_by_hand, result.deleted_by_hand) == ([], ["citation"])
+        assert result.remarks()[0] == "left out, as it was deleted by hand: citation"
         assert "## Citation" not in written.read_text() and "2.4001" in written.read_text()
+
+
+@pytest.mark.parametrize("name", ["summary", "training", "citation"])  # the first, one between, and the last of the record
+def test_a_section_is_written_anew_as_the_remarks_say(written, home, name):
+    remark = "to have a section written anew, delete from README.md all of it, its marks, and its name in `<!-- downcycle-record`"
+    text = section_in(written.read_text(), name)
+    edit(written, text, text + "\n\nMy own remark.")
+    assert renew(written, home).remarks()[:2] == [f"kept as it was written by hand: {name}", remark]
+    found = re.search(rf"<!-- downcycle:{name} .*?<!-- /downcycle:{name} -->\n\n", written.read_text(), re.S)[0]
+    edit(written, found, "")
+    assert renew(written, home).remarks()[:2] == [f"left out, as it was deleted by hand: {name}", remark]
+    edit(written, f'"{name}"', "")
+    result = renew(written, home)
+    assert result.kept_by_hand == result.deleted_by_hand == [] and remark not in result.remarks()
+    after = written.read_text()
+    assert section_in(after, name).startswith(text.partition("\n")[0]) and "My own remark." not in after
+    assert after.count("<!-- downcycle-record") == 1
+
+
+def test_a_card_that_lost_its_marks_is_a_persons_and_is_not_written_twice(written, home):
+    everything = ["summary", "making", "use", "training", "recipe", "versions", "limitations", "licence", "citation"]
+    bare = re.sub(r"<!-- /?downcycle.*? -->\n?", "", written.read_text())
+    written.write_text(bare)
+    for _ in range(2):
+        result = renew(written, home)
+        assert result.kept_by_hand == everything and result.deleted_by_hand == []
+        assert written.read_text().partition("<!-- downcycle-record")[0].rstrip() == bare.rstrip()
+    citation = "## Citation\n" + bare.partition("## Citation\n")[2]
+    edit(written, citation.rstrip(), "")
+    assert renew(written, home).kept_by_hand == everything[:-1]
+    assert section_in(written.read_text(), "citation") == citation.rstrip()
+
+
+def test_a_heading_in_a_block_of_code_is_no_heading(child):
+    mine = "```bash\n# child\n## Licence\n```\n\n~~~~\n~~~\n## How it was made\n~~~~\n\n## Citation  \n\nMe.\n"
+    (child / "README.md").write_text(mine)
+    assert write_card(child).kept_by_hand == ["citation"]
+    text = (child / "README.md").read_text()
+    assert mine in text and text.count("# child\n") == text.count("## Licence\n") == text.count("## How it was made\n") == 2
 
 
 def test_sections_in_another_order_keep_it(written, home):
@@ -185,7 +226,7 @@ def test_a_recipe_that_holds_our_marks_does_not_end_its_section(healed, home):
 def test_a_card_of_a_persons_alone_is_kept_whole_below(child, read):
     mine = "# My model\n\nIt is good.\n\n```yaml\n---\na: b\n---\n```\n\n## Citation\n\nMe.\n"
     (child / "README.md").write_text(f"---\nlicense: mit  # mine\ntags: [mine]\n---\n\n{mine}")
-    assert write_card(child).kept_by_hand == []
+    assert write_card(child).kept_by_hand == ["citation"]
     card = read(child)
     assert card.text.index("# child") < card.text.index(mine) and card.text.count(mine) == 1
     assert card.data["license"] == "mit" and card.data["tags"] == ["mine", "downcycle", "depth-pruning", "llama", "llama-3"]
