@@ -82,7 +82,8 @@ def test_a_notice_that_is_there_is_not_written_again(child, read):
 
 
 def test_a_notice_that_is_no_longer_due_goes_and_one_of_a_persons_stays(make, home, read):
-    folder, card = make(home / "m"), home / "m" / "README.md"
+    make(home / "m")
+    card = home / "m" / "README.md"
     card.write_text("---\nlicense: llama3\n---\n")
     assert write_card(home / "m").notice and (home / "m" / "NOTICE").read_text() == META_NOTICE
     card.write_text(card.read_text().replace("license: llama3", "license: gemma"))
@@ -91,7 +92,7 @@ def test_a_notice_that_is_no_longer_due_goes_and_one_of_a_persons_stays(make, ho
     assert not write_card(home / "m").notice and not (home / "m" / "NOTICE").exists()
     (home / "m" / "NOTICE").write_text(META_NOTICE + "Mine.\n")
     write_card(home / "m")
-    assert (home / "m" / "NOTICE").read_text() == META_NOTICE + "Mine.\n" and folder
+    assert (home / "m" / "NOTICE").read_text() == META_NOTICE + "Mine.\n"
 
 
 def test_a_notice_that_only_a_farther_parent_asks_for_stays(parent, child, home):
