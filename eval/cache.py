@@ -6,7 +6,6 @@ Knows keys and JSON; measures nothing.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..surgery.staging import replace_file
 from .content import cache_folder
 from .results import FORMAT, ModelResult, Results, parse_results, results_json
 
@@ -88,9 +88,6 @@ def _folder(content: str) -> Path:
 
 def _write(path: Path, text: str) -> bool:
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.{os.getpid()}")
-        staged.write_text(text)
-        staged.replace(path)
+        replace_file(path, text.encode())
         return True
     return False

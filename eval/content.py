@@ -16,6 +16,7 @@ from typing import Any
 from ..surgery.checkpoint import Checkpoint, Span, Tensor, file_bytes
 from ..surgery.filenames import LEGAL
 from ..surgery.sources import CHUNK
+from ..surgery.staging import replace_file
 
 
 def cache_folder() -> Path:
@@ -87,7 +88,4 @@ class _Files:
     def save(self) -> None:
         """Remember; where that cannot be, files are read again next time."""
         with suppress(OSError):
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            staged = self.memory.with_name(f".{self.memory.name}.{os.getpid()}")
-            staged.write_text(json.dumps(self.known))
-            staged.replace(self.memory)
+            replace_file(self.memory, json.dumps(self.known).encode())

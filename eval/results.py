@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..surgery.errors import DowncycleError
+from ..surgery.staging import replace_file
 
 RESULTS = "results.json"
 FORMAT = 1  # of results.json; changes when a reader of the old one would be misled
@@ -142,9 +143,7 @@ def results_json(results: Results) -> str:
 
 def write_results(results: Results, path: Path) -> None:
     """Write results.json, whole or not at all."""
-    staged = path.with_name(f".{path.name}.new")
-    staged.write_text(results_json(results))
-    staged.replace(path)
+    replace_file(path, results_json(results).encode())
 
 
 def read_results(path: Path) -> Results:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 
 from ..surgery.checkpoint import DEMO, DEMO_FOLDER, open_checkpoint
 from ..surgery.errors import DowncycleError
+from ..surgery.staging import replace_file
 from ..terminal import Json, parse_count, print_json, refuse_given, say_staging, stage_bar
 from .dataset.source import FINEWEB, LLAMA
 from .machine import PARALLEL, Machine
@@ -177,11 +177,7 @@ def _write_recipe(path: Path, text: str, overwrite: bool) -> None:
         raise DowncycleError(f"{path}: was changed by hand; give --overwrite to replace it, or --out for another file")
     if not path.parent.is_dir():
         raise DowncycleError(f"{path}: no such folder as {path.parent}; make it first")
-    staged = path.with_name(f".{path.name}.downcycle")
     try:
-        staged.write_text(text)
-        staged.replace(path)
+        replace_file(path, text.encode())
     except OSError as error:
-        with suppress(OSError):
-            staged.unlink(missing_ok=True)
         raise DowncycleError(f"{path}: cannot be written: {error.strerror or error}") from error

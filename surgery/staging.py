@@ -76,6 +76,19 @@ def staging_folder(out: Path, digest: str, has_work: Callable[[Path], bool], res
         os.close(lock)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write one file whole, or not at all; its folder is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_bytes(data)
+        staged.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            staged.unlink()
+        raise
+
+
 def what_failed(error: OSError) -> str:
     """Say it for people, and what to do where that is known."""
     return "the disk is full; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)

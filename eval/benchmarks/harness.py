@@ -6,23 +6,28 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import cache, partialmethod
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ...surgery.errors import DowncycleError
+from ...surgery.staging import replace_file
 from ..content import cache_folder
-from .task_files import is_group, read_task
-from .tasks import Task, lm_eval_version
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 TALKERS = ("lm_eval", "datasets", "transformers", "huggingface_hub", "evaluate", "fsspec", "httpx")
+
+
+def lm_eval_version() -> str:
+    """The installed release of lm-eval; empty where there is none."""
+    with suppress(PackageNotFoundError):
+        return version("lm_eval")
+    return ""
 
 
 def require_lm_eval() -> None:
@@ -40,10 +45,7 @@ def known_names() -> list[str]:
     with quiet():
         names = list(all_tasks().all_tasks)
     with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        staged = kept.with_name(f".{kept.name}.{os.getpid()}")
-        staged.write_text(json.dumps(names))
-        staged.replace(kept)
+        replace_file(kept, json.dumps(names).encode())
     return names
 
 
@@ -53,38 +55,6 @@ def all_tasks() -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def find_task(task: Task) -> tuple[TaskManager, str | dict[str, Any]]:
-    """Return the index that a benchmark is found in, and how lm-eval is asked for it there."""
-    index = all_tasks() if task.path is None else _index_of(task.name, task.path)
-    changes = {"num_fewshot": task.shots, "fewshot_split": task.fewshot_split}
-    changed = {key: value for key, value in changes.items() if value is not None}
-    return index, {"task": task.name, **changed} if changed else task.name
-
-
-def _index_of(name: str, path: Path) -> TaskManager:
-    """Index one YAML; where it is a group, with what lies below its folder, and lm-eval's own tasks if it names any."""
-    from lm_eval.tasks import TaskManager
-
-    config = read_task(path)
-    if not is_group(config):
-        index = TaskManager(include_defaults=False)
-        _register(index, name, {"type": "python_task" if "class" in config else "task", "yaml_path": str(path)})
-        return index
-    index = TaskManager(include_defaults=False, include_path=str(path.parent))
-    _register(index, name, {"type": "group", "task": -1, "yaml_path": str(path)})
-    members = [member["task"] if isinstance(member, dict) else member for member in config["task"] if member]
-    if not set(map(str, members)) <= set(index.all_tasks):
-        for other, entry in all_tasks().task_index.items():
-            if other not in index.task_index:
-                _register(index, other, entry)
-    return index
-
-
-def _register(index: TaskManager, name: str, entry: dict[str, Any]) -> None:
-    index.task_index[name] = entry
-    index.all_tasks.append(name)
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from ...surgery.errors import DowncycleError
 from ..content import cache_folder
 from ..results import Score
-from .harness import find_task, quiet, require_lm_eval
+from .harness import lm_eval_version, quiet, require_lm_eval
+from .indexing import find_task
 from .responses import open_responses
 from .scores import read_scores
-from .tasks import Task, lm_eval_version
+from .tasks import Task
 
 if TYPE_CHECKING:
     from ..measure.loading import Loaded

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ...surgery.errors import DowncycleError
+from .harness import known_names, lm_eval_version
 from .task_files import files_digest, task_name
 
 HERE = Path(__file__).parent
@@ -72,13 +71,6 @@ def task_key(task: Task, limit: int | None = None) -> str:
     return sha256(repr(facts).encode()).hexdigest()[:32]
 
 
-def lm_eval_version() -> str:
-    """The installed release of lm-eval; empty where there is none."""
-    with suppress(PackageNotFoundError):
-        return version("lm_eval")
-    return ""
-
-
 def _find(part: str) -> tuple[Task, ...]:
     if part in SUITES:
         return SUITES[part]
@@ -99,8 +91,6 @@ def _find(part: str) -> tuple[Task, ...]:
 
 def _check_name(name: str) -> None:
     """Refuse what lm-eval does not know."""
-    from .harness import known_names
-
     known = known_names()
     if name in known:
         return

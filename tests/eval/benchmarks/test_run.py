@@ -294,7 +294,8 @@ def test_a_killed_run_goes_on_where_it_was(model, cache, counted):
 
 
 def test_the_batch_that_fits_is_found_with_texts_as_long_as_there_are(model, tasks, tmp_path):
-    from downcycle.eval.benchmarks.harness import find_task, quiet
+    from downcycle.eval.benchmarks.harness import quiet
+    from downcycle.eval.benchmarks.indexing import find_task
     from downcycle.eval.benchmarks.language_model import LanguageModel
     from downcycle.eval.benchmarks.responses import Responses
 

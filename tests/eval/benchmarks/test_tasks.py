@@ -137,7 +137,7 @@ def test_known_names_are_looked_up_once_and_planning_imports_no_library(cache, t
     script = (
         "import sys; from downcycle.eval.benchmarks.tasks import *; from downcycle.eval.benchmarks import harness\n"
         "harness.require_lm_eval = lambda: None\n"
-        f"(harness.cache_folder() / 'benchmarks' / f'names-{{lm_eval_version()}}.json').write_text('[\"known\"]')\n"
+        f"(harness.cache_folder() / 'benchmarks' / f'names-{{harness.lm_eval_version()}}.json').write_text('[\"known\"]')\n"
         f"for task in parse_tasks('openllm,quick,known,' + {str(write_task(tmp_path))!r}): task_key(task, 3)\n"
         "print([name for name in ('torch', 'lm_eval', 'datasets', 'transformers') if name in sys.modules])"
     )

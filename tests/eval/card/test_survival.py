@@ -134,6 +134,13 @@ def test_a_card_that_lost_its_marks_is_a_persons_and_is_not_written_twice(writte
     assert section_in(written.read_text(), "citation") == citation.rstrip()
 
 
+def test_a_section_that_lost_its_marks_alone_is_kept_and_not_told_as_deleted(written, home):
+    written.write_text(re.sub(r"<!-- /?downcycle:licence.*? -->\n", "", written.read_text()))
+    result = renew(written, home)
+    assert (result.kept_by_hand, result.deleted_by_hand) == (["licence"], [])
+    assert written.read_text().count("## Licence\n") == 1
+
+
 def test_a_heading_in_a_block_of_code_is_no_heading(child):
     mine = "```bash\n# child\n## Licence\n```\n\n~~~~\n~~~\n## How it was made\n~~~~\n\n## Citation  \n\nMe.\n"
     (child / "README.md").write_text(mine)
