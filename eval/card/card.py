@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ...surgery.checkpoint import Checkpoint, open_checkpoint
 from ...surgery.errors import DowncycleError
 from ...surgery.filenames import is_licence_text
 from ...surgery.naming import folder_name
+from ...surgery.staging import replace_file
 from ..cache import best_results
 from ..content import content_digest
 from ..results import RESULTS, Results, find_model
@@ -115,7 +115,7 @@ def write_card(folder: Path, results: Results | None = None, *, name: str | None
     try:
         pictures = draw_pictures(facts, folder)
         text, done = _write(_with_pictures(facts, folder), before, path)
-        _replace(path, text)
+        replace_file(path, _encode(text))
         hidden = [one for one in (PICTURES if before.record.sections else pictures) if one not in text]
         drop_pictures(folder, hidden)
         wanted = _renew_notice(facts, folder)
@@ -163,7 +163,7 @@ def _renew_notice(facts: Facts, folder: Path) -> bool:
             facts = replace(facts, files=tuple(name for name in facts.files if name != NOTICE))
     wanted = notice_for(facts)
     if wanted:
-        _replace(path, wanted)
+        replace_file(path, _encode(wanted))
     return bool(wanted)
 
 
@@ -236,18 +236,6 @@ def _validate(content: str, path: Path) -> None:
 
 def _encode(text: str) -> bytes:
     return text.encode(errors="backslashreplace")  # names of folders can be any bytes
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole, or not at all; through a link, its own folder is written and not what it leads to."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        staged.write_bytes(_encode(text))
-        staged.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            staged.unlink()
-        raise
 
 
 def _missing(facts: Facts) -> list[str]:
