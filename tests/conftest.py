@@ -8,9 +8,11 @@ import json
 import os
 import random
 import re
+import signal
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import cycle
 from math import prod
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import NamedTuple
 import pytest
 from safetensors import deserialize
 
+with suppress(ValueError):  # not the main thread
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and all that they start, would ignore it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of several workers share the cores: those that wait must not spin
 
 HALF_BYTES = {"F64": 16, "F32": 8, "BF16": 4, "F16": 4, "F8_E4M3": 2, "I8": 2, "U8": 2, "F4": 1}
