@@ -179,6 +179,7 @@ def test_a_repo_that_was_renamed_is_called_by_its_new_name(hub, model, files_of)
 @pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
 def test_bars_are_for_terminals(hub, model, capsys, monkeypatch, terminal, quiet):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)  # what the variable said at import
     before = are_progress_bars_disabled()
     send(model, quiet=quiet)
     out, err = capsys.readouterr()
