@@ -279,8 +279,9 @@ def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan,
 
 def _print_cut(parent: Checkpoint, kept: list[int], summary: dict[str, Any], dry_run: bool) -> None:
     before, after, size = summary["parameters"]["parent"], summary["parameters"]["child"], summary["bytes"]
+    signs = "░█" if "utf" in (sys.stderr.encoding or "").lower() else ".#"
     lines = [
-        f"{layer_map(parent.num_layers, kept)}  keep {format_layers(kept)} of {parent.num_layers}",
+        f"{layer_map(parent.num_layers, kept, signs)}  keep {format_layers(kept)} of {parent.num_layers}",
         f"{before:,} parameters -> {after:,} ({after / before:.1%})",
     ]
     if dry_run:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Annotated, Any
@@ -58,17 +58,21 @@ def parse_count(text: str, option: str) -> int:
 
 def format_bytes(count: float) -> str:
     """Write bytes in decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
+    return scale(count, (" B", " kB", " MB", " GB", " TB"))
+
+
+def scale(count: float, units: Sequence[str]) -> str:
+    """Write a number with three digits, in the first of these units, each a thousand times the one before, in which it has no more."""
+    for unit in units[:-1]:
         if count < 999.5:
-            return f"{count:.3g} {unit}"
+            return f"{count:.3g}{unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:.3g}{units[-1]}"
 
 
-def layer_map(depth: int, kept: list[int]) -> str:
-    """Draw kept layers as full and dropped ones as light blocks, in the parent's order; a layer kept n times as the digit n."""
-    full, light = ("█", "░") if "utf" in (sys.stderr.encoding or "").lower() else ("#", ".")
-    return "".join({0: light, 1: full}.get(times := kept.count(layer), str(min(times, 9))) for layer in range(depth))
+def layer_map(depth: int, kept: Sequence[int], signs: str = "░█") -> str:
+    """Draw dropped layers as light and kept ones as full blocks, in the parent's order; a layer kept n times as the digit n."""
+    return "".join(signs[times] if (times := kept.count(layer)) < 2 else str(min(times, 9)) for layer in range(depth))
 
 
 @contextmanager

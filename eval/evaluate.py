@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ from .benchmarks.tasks import Task, parse_tasks, task_key
 from .cache import keep, keep_results, key_of, recall
 from .content import cache_folder, content_digest
 from .machine import gpu_names, machine_words
-from .measure.loading import LOADS, Loaded, load
+from .measure.loading import Loaded, check_load, held_as, load
 from .measure.perplexity import check_windows, perplexity
 from .measure.speed import measure_speed
 from .measure.text import Documents, read_documents
@@ -51,7 +51,7 @@ class Plan:
     batch: int | None = None
     trust_remote_code: bool = False
 
-    @property
+    @cached_property
     def how(self) -> list[Any]:
         """What decides every number beside the model and the measure: how it is loaded, on what, by which releases."""
         releases = [_version(name) for name in ("torch", "transformers", "bitsandbytes")]
@@ -93,8 +93,7 @@ def evaluate(
         DowncycleError: what cannot be opened, loaded or measured; says why.
     """
     check_windows(length, stride, batch)
-    if load not in LOADS:
-        raise DowncycleError(f"--load {load}: choose one of {', '.join(LOADS)}")
+    check_load(load)
     plan = Plan(
         tuple(read_documents(text, limit) for text in texts),
         tuple(parse_tasks(tasks)) if tasks else (),
@@ -107,7 +106,8 @@ def evaluate(
         trust_remote_code,
     )
     subjects = _subjects(models, trust_remote_code, progress)
-    side_by_side = key_of("speed", sorted(subject.content for subject in subjects), machine_words(), plan.how)
+    machine = machine_words()
+    side_by_side = key_of("speed", sorted(subject.content for subject in subjects), machine, plan.how)
     speeds = [recall(subject.content, side_by_side) for subject in subjects]
     if None in speeds:
         speeds = [asdict(speed) for speed in _race(subjects, plan, progress)]
@@ -116,7 +116,7 @@ def evaluate(
     measured = [_measure(subject, plan, progress) for subject in subjects]
     described = [_describe(subject, plan, known, speed) for subject, known, speed in zip(subjects, measured, speeds, strict=True)]
     versions = {name: release for name in PACKAGES if (release := _version(name))}
-    results = Results(_with_roles(described), machine_words(), versions, time.strftime("%Y-%m-%d"), limit)
+    results = Results(_with_roles(described), machine, versions, time.strftime("%Y-%m-%d"), limit)
     keep_results(results)
     return results
 
@@ -179,7 +179,9 @@ def _told(progress: Progress, name: str, what: str, done: int, total: int) -> No
 
 def _jobs(subject: Subject, plan: Plan, say: Progress) -> dict[str, Callable[[Loaded], Any]]:
     """What there is to measure: for each key, a function of the loaded model that gives a value for JSON."""
-    jobs: dict[str, Callable[[Loaded], Any]] = {_key(plan, "loaded"): lambda loaded: {"load": _dtype(loaded), "device": loaded.device.type}}
+    jobs: dict[str, Callable[[Loaded], Any]] = {
+        _key(plan, "loaded"): lambda loaded: {"load": held_as(loaded), "device": loaded.device.type}
+    }
     jobs |= {_text_key(plan, text): partial(_perplexity, text, plan, say) for text in plan.texts}
     return jobs | {_task_key(plan, task): partial(_scores, task, plan, subject, say) for task in plan.tasks}
 
@@ -193,16 +195,6 @@ def _scores(task: Task, plan: Plan, subject: Subject, say: Progress, loaded: Loa
 
     answers = f"{subject.content}-{key_of(plan.how)[:8]}"
     return [asdict(score) for score in run_task(loaded, task, limit=plan.limit, batch=plan.batch, content=answers, progress=say)]
-
-
-def _dtype(loaded: Loaded) -> str:
-    """How the weights were held, in words: what was asked for, or the dtype that they are stored in."""
-    if loaded.load != "stored":
-        return loaded.load
-    if isinstance(packed := loaded.checkpoint.config.get("quantization_config"), dict):
-        return f"packed by {packed.get('quant_method')}"
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    return {"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
 
 
 def _key(plan: Plan, *parts: Any) -> str:

@@ -8,7 +8,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-GIB = 2**30
+from ..recipes.memory import GIB
 
 
 def machine_words() -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from .errors import DowncycleError
 from .families import is_native, num_layers
-from .filenames import CONFIG, INDEX, LINEAGE, PICKLES, SINGLE, TOKENIZER, belongs, leads_out
+from .filenames import ADAPTER_CONFIG, CONFIG, INDEX, LINEAGE, PICKLES, SINGLE, TOKENIZER, belongs, leads_out
 from .header import LENGTH_BYTES, MAX_HEADER_BYTES, header_length, parse_header, tensor_nbytes
 from .sources import CHUNK, LocalFolder, Source
 
@@ -188,7 +188,7 @@ def _nesting(value: Any) -> int:
 
 
 def _config(source: Source, trust_remote_code: bool) -> dict[str, Any]:
-    if "adapter_config.json" in source.files and (CONFIG not in source.files or not {SINGLE, INDEX} & source.files.keys()):
+    if ADAPTER_CONFIG in source.files and (CONFIG not in source.files or not {SINGLE, INDEX} & source.files.keys()):
         raise DowncycleError(
             f"{source.name}: an adapter, not a model; merge it into its base model first: downcycle merge BASE {source.name} --out DIR"
         )

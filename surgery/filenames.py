@@ -4,6 +4,8 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+README = "README.md"
 GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer_config.json"
 SINGLE = "model.safetensors"

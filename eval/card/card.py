@@ -13,7 +13,7 @@ from typing import Any
 
 from ...surgery.checkpoint import Checkpoint, open_checkpoint
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import is_licence_text
+from ...surgery.filenames import README, is_licence_text
 from ...surgery.naming import folder_name
 from ...surgery.staging import replace_file
 from ..cache import best_results
@@ -24,7 +24,7 @@ from .boilerplate import is_trainers, persons_words, portable, written_by_traine
 from .evaluation_text import evaluation
 from .facts import Facts, gather, gather_adapter, is_adapter, with_results
 from .front_matter import INDEX, FrontMatter, read_front_matter, remembered, unite, write_front_matter
-from .licences import base_models, is_own_notice, known_licence, licence_of_id, name_fault, notice
+from .licences import base_models, is_own_notice, known_licence, name_fault, notice
 from .marks import Record, Spliced, is_marked, put_record, splice, take_record
 from .metadata import make_metadata
 from .pictures import PICTURES, draw_pictures, drop_pictures, found_pictures
@@ -32,7 +32,7 @@ from .redact import scrub
 from .repo_name import check_repo_name
 from .wording import plain
 
-README, NOTICE = "README.md", "NOTICE"
+NOTICE = "NOTICE"
 # The sections of a card, in their order.
 SECTIONS: dict[str, Callable[[Facts], str]] = {
     "summary": sections.summary,
@@ -156,11 +156,10 @@ def notice_for(facts: Facts) -> str | None:
 def _renew_notice(facts: Facts, folder: Path) -> bool:
     """Write the NOTICE that is asked for, and delete one written earlier that no licence asks for any more; whether one was written."""
     path = folder / NOTICE
-    if path.is_file() and is_own_notice(there := path.read_bytes().decode(errors="replace")):
-        named = [facts.licence, *(parent.licence for parent in facts.parents), *map(licence_of_id, base_models(facts.card))]
-        if there not in map(notice, named):
-            path.unlink()
-            facts = replace(facts, files=tuple(name for name in facts.files if name != NOTICE))
+    there = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    if is_own_notice(there) and there not in [notice(licence.key) for licence in facts.licences]:
+        path.unlink()
+        facts = replace(facts, files=tuple(name for name in facts.files if name != NOTICE))
     wanted = notice_for(facts)
     if wanted:
         replace_file(path, _encode(wanted))

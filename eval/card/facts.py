@@ -16,17 +16,15 @@ from typing import Any
 from ...recipes.commands import RECIPE
 from ...surgery.checkpoint import DEMO, Checkpoint, file_bytes, open_checkpoint
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import INDEX, LINEAGE, SINGLE, is_licence_text
+from ...surgery.filenames import ADAPTER_CONFIG, INDEX, LINEAGE, SINGLE, is_licence_text
 from ...surgery.verify import MERGE
 from ..origin import HEALED, Origin, adapter_folder, origin_of, training_folder
 from ..report.compare import check_finite
 from ..results import ModelResult, Results
-from .licences import base_models, licence_in_card, licence_in_text, licence_of_id
+from .licences import Licence, base_models, known_licence, licence_in_card, licence_in_text, licence_of_id
 from .parents import Parent, open_sources, read_named, read_parent, read_parents
 from .redact import scrub
 from .training_record import Training, read_training
-
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,13 @@ class Facts:
     def is_healed(self) -> bool:
         """Whether it was trained after all cuts: something was merged into it, or its own folder holds a training's log."""
         return self.origin.role == HEALED or self.training is not None
+
+    @property
+    def licences(self) -> tuple[Licence, ...]:
+        """The licences known here that it is under, or its card, what that names as base model, or a parent."""
+        named = [self.licence, licence_in_card(self.card), *map(licence_of_id, base_models(self.card))]
+        named += [parent.licence for parent in self.parents]
+        return tuple(licence for key in dict.fromkeys(named) if (licence := known_licence(key)))
 
     @property
     def title(self) -> str:
@@ -120,10 +125,10 @@ def gather_adapter(folder: Path, name: str, own_card: Mapping[str, Any], *, ask:
         DowncycleError: adapter_config.json cannot be read.
     """
     try:
-        adapter = json.loads((folder / ADAPTER).read_text())
+        adapter = json.loads((folder / ADAPTER_CONFIG).read_text())
         named = adapter["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DowncycleError(f"{folder / ADAPTER}: no config of an adapter ({str(error)[:80]}); save the adapter again") from error
+        raise DowncycleError(f"{folder / ADAPTER_CONFIG}: no config of an adapter ({str(error)[:80]}); save the adapter again") from error
     base = _open_base(named, folder)
     origin = _origin(base) if base else Origin()
     near = (read_named(named, base_models(own_card), ask=ask, near=folder.parent),) if isinstance(named, str) and named else ()
@@ -154,7 +159,7 @@ def with_results(facts: Facts, results: Results, measured: ModelResult) -> Facts
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and no model."""
-    return (folder / ADAPTER).is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX))
+    return (folder / ADAPTER_CONFIG).is_file() and not any((folder / name).is_file() for name in (SINGLE, INDEX))
 
 
 def own_version() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...surgery.checkpoint import DEMO, DEMO_FOLDER, Checkpoint, Span, find_source, load_json
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import CONFIG, LINEAGE, is_licence_text
+from ...surgery.filenames import CONFIG, LINEAGE, README, is_licence_text
 from ...surgery.sources import Source
 from ..origin import Origin
 from .boilerplate import is_trainers, portable
@@ -24,7 +24,6 @@ from .licences import licence_in_card, licence_in_text, licence_of_id
 from .redact import name_of
 from .training_record import HUB_ID
 
-README = "README.md"
 LONGEST = 1 << 20  # bytes of a card or licence that are read
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/?$")  # a folder of the Hub's cache
 

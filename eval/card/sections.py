@@ -12,7 +12,7 @@ from ...surgery.checkpoint import DEMO
 from ...surgery.choose import format_layers
 from ...surgery.filenames import LINEAGE, is_licence_text
 from ...surgery.verify import MERGE
-from ...terminal import format_bytes
+from ...terminal import format_bytes, layer_map
 from ..origin import Step
 from ..report.compare import score_rows
 from ..report.numbers import join_words, write_count, write_share
@@ -23,7 +23,7 @@ from .papers import papers, software
 from .parents import Parent
 from .redact import name_of, scrub
 from .training_text import eval_losses, texts_in_words
-from .wording import bullets, model_link, paragraphs, plain, strip_map
+from .wording import bullets, model_link, paragraphs, plain
 
 LAYERS_PICTURE = "figures/layers.png"
 # Why a rule keeps what it keeps: what surgery/choose.py says of it, for those who read a card.
@@ -198,7 +198,7 @@ def _layer_map(facts: Facts) -> str:
     dropped = sorted(set(range(depth)) - set(kept))
     key = "█ kept, ░ dropped" + (", a digit: kept so often" if len(set(kept)) < len(kept) else "")
     legend = f"kept {format_layers(list(kept))}; dropped {format_layers(dropped) or 'none'}; numbered from 0 in the parent ({key})"
-    return paragraphs([picture, f"```text\n{strip_map(depth, kept)}\n```", f"Layers {legend}."])
+    return paragraphs([picture, f"```text\n{layer_map(depth, kept)}\n```", f"Layers {legend}."])
 
 
 def _measured_losses(facts: Facts) -> list[str]:

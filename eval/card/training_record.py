@@ -20,11 +20,11 @@ from ...recipes.text_source import COUNTED
 from ...recipes.training import history
 from ...recipes.validation.data_conflicts import TEXTS, entries
 from ...surgery.errors import DowncycleError
+from ...surgery.filenames import README
 from ..origin import training_log
 from ..results import Logged
 from .redact import name_of, redact_recipe
 
-README = "README.md"
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"
 LANGUAGES = {FINEWEB: "en", FINEWEB_1B: "en"}  # of Hub data sets, as their cards say
 MADE_FROM = {FINEWEB_1B: FINEWEB}

@@ -37,8 +37,3 @@ def paragraphs(parts: Iterable[str]) -> str:
 def bullets(lines: Iterable[str]) -> str:
     """Write a list."""
     return "\n".join(f"- {line}" for line in lines)
-
-
-def strip_map(depth: int, kept: Sequence[int]) -> str:
-    """Draw kept layers as full and dropped ones as light blocks, in the parent's order; a layer kept n times as the digit n."""
-    return "".join({0: "░", 1: "█"}.get(times := kept.count(layer), str(min(times, 9))) for layer in range(depth))

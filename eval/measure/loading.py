@@ -216,9 +216,24 @@ def offload_options(device: str) -> dict[str, Any]:
 # How it is loaded.
 
 
-def _check_how(checkpoint: Checkpoint, how: str) -> None:
+def check_load(how: str) -> None:
+    """Refuse what is none of LOADS."""
     if how not in LOADS:
         raise DowncycleError(f"--load {how}: choose one of {', '.join(LOADS)}")
+
+
+def held_as(loaded: Loaded) -> str:
+    """How the weights of a model are held, in words: what was asked for, or what they are stored in."""
+    if loaded.load != "stored":
+        return loaded.load
+    if quantiser := _quantiser(loaded.checkpoint):
+        return f"packed by {quantiser}"
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    return next((short for short, name in DTYPES.items() if name == dtype), dtype)
+
+
+def _check_how(checkpoint: Checkpoint, how: str) -> None:
+    check_load(how)
     if how != "stored" and (quantiser := _quantiser(checkpoint)):
         raise DowncycleError(f"--load {how}: the weights of {checkpoint.name} are packed by {quantiser} already; leave --load out")
     if how in BY_BITSANDBYTES:

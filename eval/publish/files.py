@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...recipes.commands import RECIPE
-from ...surgery.adapter.config import ADAPTER_CONFIG
 from ...surgery.checkpoint import open_checkpoint
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import CONFIG
+from ...surgery.filenames import ADAPTER_CONFIG, CONFIG
 from ...surgery.sources import Progress
 from ..card.facts import Facts, gather, gather_adapter, is_adapter
 from ..card.redact import redact_recipe

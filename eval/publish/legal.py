@@ -10,16 +10,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...surgery.adapter.config import ADAPTER_CONFIG
 from ...surgery.checkpoint import DEMO
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import LINEAGE, is_licence_text
+from ...surgery.filenames import ADAPTER_CONFIG, LINEAGE, README, is_licence_text
 from ..card.facts import Facts
 from ..card.front_matter import read_front_matter
-from ..card.licences import Licence, base_models, known_licence, licence_in_card, licence_of_id, name_fault
+from ..card.licences import Licence, name_fault
 from ..card.redact import is_path
 
-CARD = "README.md"
 HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 
 
@@ -29,7 +27,7 @@ def read_card(folder: Path) -> tuple[str, Mapping[str, Any]]:
     Raises:
         DowncycleError: its metadata are no YAML, or name as base model what is no repo; the Hub refuses both.
     """
-    place = folder / CARD
+    place = folder / README
     text = place.read_text(errors="replace").replace("\r\n", "\n") if place.is_file() else ""
     try:
         data = read_front_matter(text).data
@@ -47,18 +45,18 @@ def read_card(folder: Path) -> tuple[str, Mapping[str, Any]]:
 
 def check_name(facts: Facts, repo: str) -> None:
     """Refuse a name that the licence of a model, of one of its parents, or the one that its card names, does not allow."""
-    for licence in _licences(facts):
+    for licence in facts.licences:
         if fault := name_fault(licence.key, repo):
             raise DowncycleError(fault)
 
 
 def notes(facts: Facts, folder: Path, repo: str, card: str, paths: Collection[str]) -> list[str]:
     """Say what others will miss in a folder, and what they will see of this machine."""
-    found = [] if card else [f"no {CARD}; `downcycle card {folder}` writes one"]
+    found = [] if card else [f"no {README}; `downcycle card {folder}` writes one"]
     loaded = dict.fromkeys(re.findall(r"(?:Model|Tokenizer)\w*\.from_pretrained\([\"']([^\"']+)", card))
     if loaded and repo not in loaded:
-        found.append(f"{CARD} shows how to load {next(iter(loaded))}, not {repo}; `downcycle card {folder} --name {repo}` mends that")
-    for licence in _licences(facts):
+        found.append(f"{README} shows how to load {next(iter(loaded))}, not {repo}; `downcycle card {folder} --name {repo}` mends that")
+    for licence in facts.licences:
         found += _missing(licence, card, paths)
     named = (facts.adapter or {}).get("base_model_name_or_path")
     if isinstance(named, str) and (is_path(named) or named == DEMO):
@@ -69,12 +67,6 @@ def notes(facts: Facts, folder: Path, repo: str, card: str, paths: Collection[st
     return found
 
 
-def _licences(facts: Facts) -> list[Licence]:
-    named = [facts.licence, licence_in_card(facts.card), *map(licence_of_id, base_models(facts.card))]
-    named += [parent.licence for parent in facts.parents]
-    return [licence for key in dict.fromkeys(named) if (licence := known_licence(key))]
-
-
 def _missing(licence: Licence, card: str, paths: Collection[str]) -> list[str]:
     asked, missing = f"the {licence.title.partition(',')[0]}", []
     if licence.copy and not any(map(is_licence_text, paths)):
@@ -82,5 +74,5 @@ def _missing(licence: Licence, card: str, paths: Collection[str]) -> list[str]:
     if licence.notice and not any(path.upper().startswith("NOTICE") for path in paths):
         missing.append(f"{asked} asks for a NOTICE file; there is none")
     if licence.built_with and card and licence.built_with not in card:
-        missing.append(f"{asked} asks to show “{licence.built_with}”; {CARD} does not")
+        missing.append(f"{asked} asks to show “{licence.built_with}”; {README} does not")
     return missing

@@ -10,15 +10,14 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ...surgery.adapter.config import ADAPTER_CONFIG
-from ...surgery.filenames import CONFIG, LINEAGE
+from ...surgery.filenames import ADAPTER_CONFIG, CONFIG, LINEAGE
 from ..card.redact import is_path
 
 TEXTS = (".md", ".txt", ".json", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".sh", ".py", ".ipynb", ".csv")
 LONGEST = 1 << 20  # bytes of a text that is read; vocabularies are longer
 APART = (LINEAGE, ADAPTER_CONFIG)  # whose places are noted for what they are
 LOADED_FROM = "_name_or_path"
-HOME = re.compile(r"(?<![\w.])(?:/home/|/Users/|/root/|[A-Za-z]:[\\/]{1,4}Users[\\/]{1,4})[\w.-]+[^\s'\"`,;)<>\]}]*")
+HOME = re.compile(r"(?<![\w.])(?:/(?:home|Users|root)/|[A-Za-z]:[\\/]{1,4}Users[\\/]{1,4})[\w.-]+[^\s'\"`,;)<>\]}]*")
 
 
 def places(contents: Mapping[str, Path | bytes]) -> list[str]:

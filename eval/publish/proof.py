@@ -11,28 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...surgery.adapter.config import ADAPTER_CONFIG
 from ...surgery.adapter.merge import PICKLE, WEIGHTS, merge_adapter
 from ...surgery.checkpoint import DEMO, Checkpoint, Span, load_json, open_checkpoint, read_header
 from ...surgery.errors import DowncycleError
-from ...surgery.filenames import LINEAGE
+from ...surgery.filenames import ADAPTER_CONFIG, LINEAGE
 from ...surgery.sources import LocalFolder, Progress
 from ...surgery.verify import verify
 
 OTHER_FORMATS = (
-    ".gguf",
-    ".ggml",
-    ".onnx",
-    ".onnx_data",
-    ".npz",
-    ".npy",
-    ".h5",
-    ".hdf5",
-    ".msgpack",
-    ".tflite",
-    ".pb",
-    ".mlmodel",
-    ".llamafile",
+    *(".gguf", ".ggml", ".llamafile", ".onnx", ".onnx_data", ".npz", ".npy", ".h5", ".hdf5", ".msgpack", ".tflite", ".pb", ".mlmodel"),
 )
 
 

@@ -20,12 +20,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, is_
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from ...surgery.errors import DowncycleError
+from ...surgery.filenames import README
 from ...surgery.hub import check_access
 from ...surgery.hub_faults import UnfitAnswer, asked_wait, endpoint
 from .connection import Line, silent
 from .faults import AGAIN, UploadPatience, plain, underlying
 from .files import PushPlan, shorten
-from .legal import CARD
 from .remote import Remote, differing, look
 
 LIBRARY = "downcycle"
@@ -158,7 +158,7 @@ class _Upload:
         self.lacked = lacking if self.lacked is None else self.lacked
         if lacking:
             operations = [self.operations[path] for path in lacking]
-            if CARD in lacking:
+            if README in lacking:
                 self._check_card()
             self.api.preupload_lfs_files(self.repo, operations, revision=self.branch, free_memory=False)
             if change := self.plan.change():
@@ -199,13 +199,13 @@ class _Upload:
 
     def _check_card(self) -> None:
         """Ask the Hub whether it takes the card's metadata, before gigabytes are sent; create_commit asks it only then."""
-        with self.operations[CARD].as_file() as file:
+        with self.operations[README].as_file() as file:
             body = {"content": file.read().decode(errors="replace"), "repoType": "model"}
         headers = build_hf_headers(token=True, library_name=LIBRARY)
         response = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body, headers=headers)
         if response.status_code == 400:
             said = "; ".join(str(error.get("message")) for error in response.json().get("errors", []))
-            raise DowncycleError(f"{self.plan.folder / CARD}: the Hub refuses its metadata block ({plain(said)}); mend it")
+            raise DowncycleError(f"{self.plan.folder / README}: the Hub refuses its metadata block ({plain(said)}); mend it")
         hf_raise_for_status(response)
 
 

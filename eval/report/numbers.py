@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from ...terminal import scale
+
 
 def write_count(count: float) -> str:
     """Write a number of parameters in decimal units, three digits: 6.29 B."""
-    for unit in ("", " K", " M", " B"):
-        if count < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g} T"
+    return scale(count, ("", " K", " M", " B", " T"))
 
 
 def write_share(share: float | None) -> str:

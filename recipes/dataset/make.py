@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...surgery.errors import DowncycleError
+from ...surgery.filenames import README
 from ...surgery.staging import check_name, publish, staging_folder, target_path
 from .card import card, versions
 from .rounds import Rounds, Watcher
@@ -104,7 +105,7 @@ def make_dataset(
             raise DowncycleError(_too_little(request, rounds, len(pieces)))
         report = _write_whole(request, source, columns, tokenizer, rounds, pieces, staging / WHOLE)
         _write_text(staging / WHOLE / REPORT, json.dumps(report, indent=2) + "\n")
-        _write_text(staging / WHOLE / "README.md", card(target.name, report))
+        _write_text(staging / WHOLE / README, card(target.name, report))
         publish(staging / WHOLE, target)
         shutil.rmtree(staging)
     return report

