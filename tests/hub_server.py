@@ -4,14 +4,15 @@
         hub.add("user/model", folder)
         hub.fail("/cdn/*", times=1, drop_after=1000)
 
-Speaks the routes and headers that huggingface_hub uses to read; needs the standard library only.
+Speaks the routes and headers that huggingface_hub uses to read; the server needs the standard library only.
 """
 
 import json
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from hashlib import sha1, sha256
@@ -157,6 +158,38 @@ class HubServer:
         server.daemon_threads = True
         server.handle_error = lambda *given: None  # a client that hangs up is no news
         return server
+
+
+@contextmanager
+def connected(monkeypatch, cache: Path, server: HubServer | None = None) -> Iterator[HubServer]:
+    """Run a Hub that huggingface_hub takes for its own in this process, with this cache, and waits too short to notice."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    from downcycle.surgery import hub_faults
+
+    with server or HubServer() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_faults, "FIRST_WAIT", 0.002)
+        yield hub
+    close_session()  # the next test's Hub may get the same port
+
+
+def skip_waits(monkeypatch) -> list[float]:
+    """Let the waits between attempts pass at once; return the list that they are put into."""
+    from downcycle.surgery import hub_faults
+
+    waits: list[float] = []
+
+    class Clock:
+        monotonic = staticmethod(lambda: sum(waits))
+        sleep = staticmethod(waits.append)
+
+    monkeypatch.setattr(hub_faults, "time", Clock)
+    return waits
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -21,7 +21,7 @@ from downcycle.surgery import hub as hub_module
 from downcycle.surgery import hub_faults, transfer
 from downcycle.surgery.hub import READ_ATTEMPTS, open_hub
 
-from hub_server import HubServer
+from hub_server import connected, skip_waits
 
 REPO = "ann/Tiny-Llama"
 TOKEN = "hf_doNotTellAnyone"
@@ -32,15 +32,9 @@ SIZE = len(WEIGHTS)
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub that huggingface_hub takes for its own, with an empty cache and a token, and waits too short to notice."""
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub_faults, "FIRST_WAIT", 0.002)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with connected(monkeypatch, tmp_path / "cache") as server:
         yield server
-    close_session()  # the next test's Hub may get the same port
 
 
 @pytest.fixture
@@ -243,14 +237,7 @@ def test_lasting_faults_are_given_up(hub, repo):
 @pytest.fixture
 def slept(monkeypatch):
     """Let waits pass at once; list them."""
-    waits = []
-
-    class Clock:
-        monotonic = staticmethod(lambda: sum(waits))
-        sleep = staticmethod(waits.append)
-
-    monkeypatch.setattr(hub_faults, "time", Clock)
-    return waits
+    return skip_waits(monkeypatch)
 
 
 def test_waits_grow_and_differ(hub, repo, slept, monkeypatch):

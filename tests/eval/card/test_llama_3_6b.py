@@ -5,15 +5,13 @@ import re
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
 
 from downcycle import keep_layers, open_checkpoint, write
 from downcycle.eval.card.card import card_files, write_card
 from downcycle.recipes import configs
-from downcycle.surgery import hub_faults
 from downcycle.surgery.checkpoint import Checkpoint, Tensor
 
-from hub_server import HubServer
+from hub_server import connected
 
 BLOCK = {
     f"self_attn.{name}_proj.weight": shape
@@ -93,14 +91,8 @@ def test_its_hyper_parameters_and_the_whole_recipe_are_there(card):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub on loopback that serves a tiny repo under Meta's name."""
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(hub_faults, "FIRST_WAIT", 0.002)
+    with connected(monkeypatch, tmp_path / "cache") as server:
         yield server
-    close_session()
 
 
 def test_a_cut_from_the_hub_reads_the_parents_card_where_it_is_open(parent, hub, home, read, monkeypatch):

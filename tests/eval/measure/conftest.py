@@ -18,12 +18,6 @@ TINY = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "bos_to
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Nothing is kept in the user's cache."""
-    monkeypatch.setenv("DOWNCYCLE_CACHE", str(tmp_path / "downcycle-cache"))
-
-
-@pytest.fixture(autouse=True)
 def one_thread():
     """Models as small as these run faster so."""
     torch = sys.modules.get("torch")

@@ -12,8 +12,6 @@ from dataclasses import replace
 import pytest
 
 torch = pytest.importorskip("torch")
-from huggingface_hub import constants  # noqa: E402
-from huggingface_hub.utils import close_session  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
 
@@ -22,7 +20,7 @@ from downcycle.eval.measure.loading import LOADS, find_device, load, load_tokeni
 from downcycle.eval.measure.memory import free_memory  # noqa: E402
 from downcycle.recipes.memory import GIB  # noqa: E402
 
-from hub_server import HubServer  # noqa: E402
+from hub_server import connected  # noqa: E402
 
 TOKENS = torch.arange(100, 150)[None]
 
@@ -198,7 +196,7 @@ for folder, how, free, out in zip(*[iter(sys.argv[1:])] * 4):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_offload_keeps_memory_small(tiny, tmp_path):
+def test_offload_keeps_memory_small(tiny, tmp_path, cache):
     """With a third of the weights' memory: mapped where their bytes are used as they are, else from a converted copy on the disk."""
     llama = tiny(dtype="bfloat16", hidden_size=256, intermediate_size=3072, num_hidden_layers=12)
     experts = {"num_local_experts": 4, "num_experts_per_tok": 4}  # all of them: kernels of one shape
@@ -216,18 +214,13 @@ def test_offload_keeps_memory_small(tiny, tmp_path):
         assert (dtype, on_disk) == ("torch.float32" if how == "fp32" else "torch.bfloat16", str(from_disk))
         expected = load_model(open_checkpoint(folder), dtype=getattr(torch, dtype.removeprefix("torch.")))
         assert torch.allclose(torch.load(tmp_path / f"logits{place}"), logits(expected), rtol=1e-5, atol=1e-4)
-    assert not list((tmp_path / "downcycle-cache").glob("offload-*"))
+    assert not list(cache.glob("offload-*"))
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with connected(monkeypatch, tmp_path / "cache") as server:
         yield server
-    close_session()
 
 
 def test_from_the_hub(tiny, copy, hub):

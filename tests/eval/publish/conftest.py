@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.utils import _http, close_session
+from huggingface_hub.utils import _http
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, write
-from downcycle.surgery import hub_faults
 
+from hub_server import connected, skip_waits
 from upload_server import SIGNATURE, UploadServer
 
 TOKEN = "hf_" + "DoNotTellAnyoneWhatStandsHere2026x"
@@ -28,13 +28,7 @@ def token(monkeypatch):
 @pytest.fixture
 def waits(monkeypatch):
     """Let waits pass at once; list them."""
-    waits = []
-
-    class Clock:
-        monotonic = staticmethod(lambda: sum(waits))
-        sleep = staticmethod(waits.append)
-
-    monkeypatch.setattr(hub_faults, "time", Clock)
+    waits = skip_waits(monkeypatch)
     monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waits.append))
     return waits
 
@@ -42,12 +36,9 @@ def waits(monkeypatch):
 @pytest.fixture
 def hub(tmp_path, monkeypatch, waits):
     """A Hub that huggingface_hub takes for its own. It speaks no Xet, which huggingface_hub 2 would use without asking."""
-    with UploadServer(TOKEN) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", IS_NEW)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", IS_NEW)
+    with connected(monkeypatch, tmp_path / "cache", UploadServer(TOKEN)) as server:
         yield server
-    close_session()  # the next test's Hub may get the same port
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from huggingface_hub.utils import close_session
 from downcycle.recipes.dataset import source as parquet_source
 from downcycle.recipes.dataset.make import Request, make_dataset
 
-from hub_server import HubServer
+from hub_server import connected
 
 
 def test_a_part_of_a_source_by_name(tmp_path, rows):
@@ -29,15 +29,11 @@ def test_a_part_of_a_source_by_name(tmp_path, rows):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The Hub on loopback, for this process and its workers."""
-    with HubServer() as hub:
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with connected(monkeypatch, tmp_path / "cache") as hub:
         for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}.items():
             monkeypatch.setenv(name, value)
         yield hub
     HfFileSystem.clear_instance_cache()
-    close_session()
 
 
 def test_from_the_hub(tmp_path, source, hub):

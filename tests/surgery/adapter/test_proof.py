@@ -9,14 +9,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from huggingface_hub import constants  # noqa: E402
-from huggingface_hub.utils import close_session  # noqa: E402
 from tiny_adapters import as_bytes, edit, edit_tensors  # noqa: E402
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, verify, write  # noqa: E402
 from downcycle.surgery.adapter.merge import merge_adapter  # noqa: E402
 
-from hub_server import HubServer  # noqa: E402
+from hub_server import connected  # noqa: E402
 
 KEY = "base_model.model.model.layers.3.self_attn.q_proj.lora_{}.weight"
 
@@ -51,11 +49,7 @@ def test_a_merge_into_a_cut_that_was_never_written_is_proved(llama, tmp_path):
 
 
 def test_a_base_and_an_adapter_of_the_hub(llama, tmp_path, monkeypatch):
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with connected(monkeypatch, tmp_path / "cache") as server:
         for name, folder in (("ann/base", llama[0]), ("ann/lora", llama[1])):
             commit = server.add(name, folder, {"v1"})
         pinned = merge_adapter(open_checkpoint("ann/base"), "ann/lora@v1")
@@ -65,7 +59,6 @@ def test_a_base_and_an_adapter_of_the_hub(llama, tmp_path, monkeypatch):
         write(merge_adapter(open_checkpoint("ann/base"), "ann/lora"), tmp_path / "out")
         proof = verify(tmp_path / "out")
         assert verify(tmp_path / "out", adapter="ann/lora@v1") == proof
-    close_session()
     assert proof.what == "ann/base with ann/lora merged into it"
     assert as_bytes(open_checkpoint(tmp_path / "out")) == as_bytes(merge_adapter(open_checkpoint(llama[0]), llama[1]))
 
