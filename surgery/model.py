@@ -6,6 +6,8 @@ import json
 import mmap
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +49,15 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
         raise DowncycleError("loading a model needs torch and transformers: pip install 'downcycle[score]'") from error
     with tempfile.TemporaryDirectory(prefix="downcycle-") as folder:
         if checkpoint.config.get("auto_map") and not is_native(checkpoint.config):
-            return AutoModelForCausalLM.from_pretrained(write(checkpoint, Path(folder) / "model"), **options).eval()
+            with _no_bars():
+                return AutoModelForCausalLM.from_pretrained(write(checkpoint, Path(folder) / "model"), **options).eval()
         (Path(folder) / CONFIG).write_text(json.dumps(checkpoint.config))
         config = AutoConfig.from_pretrained(folder)
         maps: dict[Path, torch.Tensor] = {}
         weights = {name: _as_torch(tensor, maps) for name, tensor in checkpoint.tensors.items()}
         model_class = _class_for(config)
-        model, told = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
+        with _no_bars():
+            model, told = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
         if missing := sorted(told["missing_keys"]):  # transformers makes random numbers of them
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise DowncycleError(
@@ -64,6 +68,18 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
             (Path(folder) / GENERATION).write_bytes(file_bytes(checkpoint.files[GENERATION]))
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return model
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers' bars away: a library does not print."""
+    from transformers.utils import logging
+
+    before = logging.set_tqdm_hook(lambda factory, args, kwargs: logging.EmptyTqdm(*args, **kwargs))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _class_for(config: Any) -> Any:

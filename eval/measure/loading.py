@@ -79,9 +79,7 @@ def load(
     elif place != "cpu" or not runs_from_file(checkpoint, how):
         options |= offload_options(place)
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     held = start_peak(place)
     model = _load(checkpoint, how, options)
     peak = peak_memory(place) - held

@@ -179,7 +179,9 @@ def test_a_repo_that_was_renamed_is_called_by_its_new_name(hub, model, files_of)
 @pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
 def test_bars_are_for_terminals(hub, model, capsys, monkeypatch, terminal, quiet):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)  # what the variable said at import
+    settings = sys.modules["huggingface_hub.utils.tqdm"]  # what the environment said at import, and what other tests left
+    monkeypatch.setattr(settings, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(settings, "progress_bar_states", {})
     before = are_progress_bars_disabled()
     send(model, quiet=quiet)
     out, err = capsys.readouterr()
