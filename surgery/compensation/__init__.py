@@ -1,0 +1,1 @@
+"""Fold what dropped layers did into weights that are kept."""
