@@ -6,7 +6,7 @@ import json
 import mmap
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,32 +42,52 @@ def load_model(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     Raises:
         DowncycleError: weights are missing that the model needs, torch is, or transformers knows no such model.
     """
+    transformers = _transformers()
+    if checkpoint.config.get("auto_map") and not is_native(checkpoint.config):
+        with tempfile.TemporaryDirectory(prefix="downcycle-") as folder, _no_bars():
+            return transformers.AutoModelForCausalLM.from_pretrained(write(checkpoint, Path(folder) / "model"), **options).eval()
+    model = from_tensors(*class_and_config(checkpoint), checkpoint.tensors, checkpoint.name, **options)
+    if GENERATION in checkpoint.files:
+        with tempfile.TemporaryDirectory(prefix="downcycle-") as folder:
+            (Path(folder) / GENERATION).write_bytes(file_bytes(checkpoint.files[GENERATION]))
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def class_and_config(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """Return the class that writes text, and the config that it takes: that of the text decoder, where it is made for no other tower."""
+    transformers = _transformers()
+    with tempfile.TemporaryDirectory(prefix="downcycle-") as folder:
+        (Path(folder) / CONFIG).write_text(json.dumps(checkpoint.config))
+        config = transformers.AutoConfig.from_pretrained(folder)
+    model_class = _class_for(config)
+    text = config.sub_configs.get("text_config")
+    return model_class, config.get_text_config() if text is not None and model_class.config_class == text else config
+
+
+def from_tensors(model_class: Any, config: Any, tensors: Mapping[str, Tensor], name: str, **options: Any) -> Any:
+    """Make a model of a class from tensors by name, as stock `from_pretrained` does.
+
+    Raises:
+        DowncycleError: weights are missing that it needs; transformers would make random numbers of them.
+    """
+    maps: dict[Path, torch.Tensor] = {}
+    weights = {key: _as_torch(tensor, maps) for key, tensor in tensors.items()}
+    with _no_bars():
+        model, told = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
+    if missing := sorted(told["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DowncycleError(f"{name}: lacks {', '.join(missing[:3])}{more}, which a {model_class.__name__} needs; fetch it again")
+    return model.eval()
+
+
+def _transformers() -> Any:
     try:
         import torch  # noqa: F401
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        import transformers
     except ImportError as error:
         raise DowncycleError("loading a model needs torch and transformers: pip install 'downcycle[score]'") from error
-    with tempfile.TemporaryDirectory(prefix="downcycle-") as folder:
-        if checkpoint.config.get("auto_map") and not is_native(checkpoint.config):
-            with _no_bars():
-                return AutoModelForCausalLM.from_pretrained(write(checkpoint, Path(folder) / "model"), **options).eval()
-        (Path(folder) / CONFIG).write_text(json.dumps(checkpoint.config))
-        config = AutoConfig.from_pretrained(folder)
-        maps: dict[Path, torch.Tensor] = {}
-        weights = {name: _as_torch(tensor, maps) for name, tensor in checkpoint.tensors.items()}
-        model_class = _class_for(config)
-        with _no_bars():
-            model, told = model_class.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True, **options)
-        if missing := sorted(told["missing_keys"]):  # transformers makes random numbers of them
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise DowncycleError(
-                f"{checkpoint.name}: lacks {', '.join(missing[:3])}{more}, which a {model_class.__name__} needs; fetch it again"
-            )
-        model.eval()
-        if GENERATION in checkpoint.files:
-            (Path(folder) / GENERATION).write_bytes(file_bytes(checkpoint.files[GENERATION]))
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model
+    return transformers
 
 
 @contextmanager

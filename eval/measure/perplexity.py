@@ -17,7 +17,7 @@ from .faults import locate_fault
 from .loading import LENGTH, Loaded, load, positions, vocabulary
 from .memory import free_memory
 from .text import Documents, read_documents
-from .windows import Passage, Window, to_passages, to_windows
+from .windows import Passage, Window, check_length, check_vocabulary, to_passages, to_windows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,8 +94,7 @@ def _windows_for(loaded: Loaded, length: int | None, stride: int | None, batch: 
     check_windows(length, stride, batch)
     limit = positions(loaded.model.config)
     length = min(LENGTH, limit or LENGTH) if length is None else length
-    if limit and length > limit:
-        raise DowncycleError(f"length {length}: {loaded.checkpoint.name} has {limit} positions; give at most that many tokens")
+    check_length(loaded.checkpoint.name, length, limit)
     stride = max(1, length // 2) if stride is None else stride
     check_windows(length, stride, batch)
     return length, stride
@@ -114,12 +113,7 @@ def _passages(loaded: Loaded, documents: Documents, progress: Progress) -> list[
     scored = sum(passage.scored for passage in passages)
     if scored < 2:
         raise DowncycleError(f"{documents.name}: only {scored} of its tokens can be scored, and two are needed; give a longer text")
-    rows = vocabulary(loaded.model)
-    if (highest := max(int(passage.ids.max()) for passage in passages if len(passage.ids))) >= rows:
-        raise DowncycleError(
-            f"{loaded.checkpoint.name}: its tokenizer gives token {highest} ({loaded.tokenizer.convert_ids_to_tokens(highest)!r}), and the "
-            f"model has embeddings for 0-{rows - 1}; put the tokenizer that it was trained with into its folder"
-        )
+    check_vocabulary(loaded.checkpoint.name, loaded.tokenizer, passages, vocabulary(loaded.model))
     return passages
 
 

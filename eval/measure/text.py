@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -18,10 +20,10 @@ from ...surgery.checkpoint import DEMO_FOLDER
 from ...surgery.errors import DowncycleError
 from ...surgery.filenames import CONFIG
 
-BUILT_IN = "built-in held-out text"
+BUILT_IN, BUILT_IN_TRAINING = "built-in held-out text", "built-in text to heal on"
 COLUMN = "text"
 TABLES, TEXTS = (".parquet", ".jsonl", ".json"), (".txt", ".md")
-SPLITS = ("test", "validation", "train")  # of a Hub data set; the first that it has
+SPLITS = ("test", "validation", "train")  # of a Hub data set; the first that it has, or, to train on, the last
 HUB = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -48,9 +50,12 @@ def read_documents(text: str | None = None, limit: int | None = None) -> Documen
     """
     if limit is not None and limit < 1:
         raise DowncycleError(f"limit {limit}: give a number from 1, or leave it out")
-    name = BUILT_IN if text is None else text
-    found = (_clean(one, name) for one in _documents(text))
-    texts = tuple(islice((one for one in found if one.strip()), limit))
+    return as_documents(BUILT_IN if text is None else text, islice(stream_documents(text), limit))
+
+
+def as_documents(name: str, found: Iterable[str]) -> Documents:
+    """Put documents together; refuse none at all."""
+    texts = tuple(found)
     if not texts:
         raise DowncycleError(f"{name}: an empty text; give one with at least two tokens")
     digest = sha256()
@@ -60,20 +65,36 @@ def read_documents(text: str | None = None, limit: int | None = None) -> Documen
     return Documents(name, digest.hexdigest(), texts)
 
 
-def _documents(text: str | None) -> Iterable[str]:
+def stream_documents(text: str | None = None, *, training: bool = False, most: int | None = None) -> Iterator[str]:
+    """Yield what `read_documents` reads, one document at a time: what is not asked for is neither read nor fetched.
+
+    Args:
+        training: read the part that is there to train on, and so none that models are evaluated on: the train split, else the validation
+            split, else the test split; of `downcycle data`, what was not held out; for None, the built-in text to heal on.
+        most: characters of each document that are needed; what is behind them is left out.
+    Raises:
+        DowncycleError: as `read_documents` does.
+    """
+    name = BUILT_IN if text is None else text
+    for one in _documents(text, training, most):
+        if (found := _clean(one[:most], name)).strip():
+            yield found
+
+
+def _documents(text: str | None, training: bool, most: int | None) -> Iterable[str]:
     if text is None:
-        return read_text(DEMO_FOLDER.parent / "held_out.txt")
+        return read_text(DEMO_FOLDER.parent / ("healing.txt" if training else "held_out.txt"))
     path = Path(os.path.expanduser(text))
     if text and path.is_dir():
-        return _folder(path)
+        return _folder(path, training, most)
     if text and path.exists():
-        return _file(path)
+        return _file(path, most)
     if match := HUB.fullmatch(text):
-        return _hub(text, match["repo"], match["config"], match["revision"])
+        return _hub(text, match["repo"], match["config"], match["revision"], SPLITS[::-1] if training else SPLITS)
     raise DowncycleError(f"{text or repr(text)}: no such file or folder, and not a data set of the Hub (USER/NAME or USER/NAME:CONFIG)")
 
 
-def _folder(folder: Path) -> Iterator[str]:
+def _folder(folder: Path, training: bool, most: int | None) -> Iterator[str]:
     """Read the files of a folder in the order of their names, all of one kind: tables where there are any, else texts."""
     if (folder / CONFIG).is_file():
         raise DowncycleError(f"{folder}: holds a model, and no text; give the file or folder of a text")
@@ -83,30 +104,37 @@ def _folder(folder: Path) -> Iterator[str]:
     if (folder / REPORT).is_file():
         parquet = [path for path in visible if path.suffix == ".parquet"]
         held_out = [path for path in parquet if path.name.startswith("test-")]
-        chosen = held_out or parquet
+        trained = [path for path in parquet if path not in held_out]
+        chosen = (trained or held_out) if training else (held_out or trained)
     else:
         kinds = [[path for path in visible if path.suffix in kind] for kind in (*((suffix,) for suffix in TABLES), TEXTS)]
         chosen = next(filter(None, kinds), [])
     if not chosen:
         raise DowncycleError(f"{folder}: a folder without text; it should hold {', '.join((*TABLES, *TEXTS))} files")
     for path in chosen:
-        yield from _file(path)
+        yield from _file(path, most)
 
 
-def _file(path: Path) -> Iterator[str]:
-    readers = {".parquet": _parquet, ".jsonl": _json_lines, ".json": _json, ".txt": _plain, ".md": _plain}
+def _file(path: Path, most: int | None) -> Iterator[str]:
+    readers: dict[str, Callable[[Path], Iterator[str]]] = {".parquet": _parquet, ".jsonl": _json_lines, ".json": _json}
+    readers |= dict.fromkeys(TEXTS, partial(_plain, most=most))
     if path.suffix.lower() not in readers:
         raise DowncycleError(f"{path}: not a text that can be read; give a {', '.join((*TABLES, *TEXTS))} file, or a folder of them")
     try:
         yield from readers[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
-        raise DowncycleError(f"{path}: no UTF-8 text (byte {error.start} is not); convert it, or give another file") from error
+        said = f"no UTF-8 text (byte {error.start} is not): binary, or in another encoding"
+        raise DowncycleError(f"{path}: {said}; convert it, or give another file") from error
     except OSError as error:
         raise DowncycleError(f"{path}: {error.strerror or error}") from error
 
 
-def _plain(path: Path) -> Iterator[str]:
-    text = path.read_bytes().decode("utf-8-sig")
+def _plain(path: Path, most: int | None) -> Iterator[str]:
+    """Read a file as one document: where only so many characters are needed, no more than the bytes that these may take."""
+    size = -1 if most is None else 4 * most
+    with open(path, "rb") as file:
+        data = file.read(size)
+    text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=len(data) != size)
     if "\0" in text:
         raise DowncycleError(f"{path}: a binary file; give one that holds text")
     yield text
@@ -134,7 +162,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DowncycleError(f"{where}: not valid JSON ({str(error)[:80]}); mend it, or give another file") from error
+        said = "a binary file" if "\0" in text else f"not valid JSON ({str(error)[:80]})"
+        raise DowncycleError(f"{where}: {said}; mend it, or give another file") from error
 
 
 def _row(row: Any, where: str) -> Iterator[str]:
@@ -170,7 +199,7 @@ def _parquet(path: Path) -> Iterator[str]:
         raise read_fault(str(path), error) from error
 
 
-def _hub(text: str, repo: str, config: str | None, revision: str | None) -> Iterator[str]:
+def _hub(text: str, repo: str, config: str | None, revision: str | None, wanted: Sequence[str]) -> Iterator[str]:
     """Stream a data set, so that a limit leaves the rest unfetched."""
     try:
         from datasets import get_dataset_split_names, load_dataset
@@ -178,7 +207,7 @@ def _hub(text: str, repo: str, config: str | None, revision: str | None) -> Iter
         raise DowncycleError(f"{text}: reading a data set of the Hub needs datasets: pip install 'downcycle[eval]'") from error
     try:
         splits = get_dataset_split_names(repo, config, revision=revision)
-        split = next((name for name in SPLITS if name in splits), splits[0])
+        split = next((name for name in wanted if name in splits), splits[0])
         for number, row in enumerate(load_dataset(repo, config, split=split, revision=revision, streaming=True)):
             yield from _row(row, f"{text}, split {split}, row {number}")
     except (DowncycleError, GeneratorExit):

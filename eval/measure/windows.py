@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...surgery.errors import DowncycleError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -79,6 +81,26 @@ def _passage(tokenizer: Any, text: str, ids: list[int], special: list[int]) -> P
     elif not before and ids:
         before, size = 1, size - min(size, len(tokenizer.decode(ids[:1]).encode()))
     return Passage(np.array(ids, dtype=np.int64), before, size)
+
+
+def check_vocabulary(name: str, tokenizer: Any, passages: Sequence[Passage], rows: int) -> None:
+    """Refuse tokens that a model of this name has no embeddings for.
+
+    Args:
+        rows: how many tokens it has embeddings for.
+    """
+    highest = max((int(passage.ids.max()) for passage in passages if len(passage.ids)), default=0)
+    if highest >= rows:
+        raise DowncycleError(
+            f"{name}: its tokenizer gives token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), and the model has embeddings for "
+            f"0-{rows - 1}; put the tokenizer that it was trained with into its folder"
+        )
+
+
+def check_length(name: str, length: int, limit: int | None) -> None:
+    """Refuse more tokens at once than a model of this name has positions (None: no limit)."""
+    if limit and length > limit:
+        raise DowncycleError(f"length {length}: {name} has {limit} positions; give at most that many tokens")
 
 
 def to_windows(passages: Sequence[Passage], length: int, stride: int) -> Iterator[Window]:

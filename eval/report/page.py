@@ -6,19 +6,23 @@ Measures nothing. The page holds no script and asks no server for anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from ...surgery.errors import DowncycleError
 from ..results import RESULTS, Results, write_results
 from .compare import check_finite
 from .drawing import NARROW, WIDE, need_matplotlib, save_png, to_svg
 from .figures import FIGURES
+from .markup import fill_page, section
 from .sections import benchmarks_table, loss_tables, measured_how, perplexity_tables, speed_table, summary_table
 from .summary import summarise, title_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT = "report.html"
 PICTURES = {name: f"{name}.png" for name in FIGURES}
@@ -44,16 +48,25 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     Raises:
         DowncycleError: matplotlib is not installed, a number is not finite, the folder is a file or cannot be written.
     """
-    folder = check_folder(folder)
     check_finite(results)
+    return put_files(folder, lambda made: _make(results, made), RESULTS, PICTURES.values())
+
+
+def put_files(folder: Path, make: Callable[[Path], list[str]], vouching: str, pictures: Iterable[str]) -> list[Path]:
+    """Put what `make` writes into an empty folder, whose names it returns, in place; return the paths.
+
+    Args:
+        vouching: where a file of this name lay in the folder before, those of `pictures` that were not made now are taken away.
+    """
+    folder = check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".report-", dir=folder) as made:
-            names = _make(results, Path(made))
-            earlier = (folder / RESULTS).is_file()
+            names = make(Path(made))
+            earlier = (folder / vouching).is_file()
             for name in names:
                 (Path(made) / name).replace(folder / name)
-        for name in PICTURES.values():
+        for name in pictures:
             if earlier and name not in names:
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
@@ -80,12 +93,8 @@ def page(results: Results) -> str:
     lines = summarise(results)
     tag = "p" if len(lines) < 4 else "li"
     said = "".join(f"<{tag}>{escape(line)}</{tag}>\n" for line in lines)
-    fields = {
-        "title": escape(title_of(results)),
-        "summary": f'<div class="lead">{said if tag == "p" else f"<ul>{said}</ul>"}</div>',
-        "sections": "\n".join(_sections(results)),
-    }
-    return Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).substitute(fields)
+    lead = said if tag == "p" else f"<ul>{said}</ul>"
+    return fill_page(title_of(results), lead, list(_sections(results)))
 
 
 def _make(results: Results, folder: Path) -> list[str]:
@@ -104,11 +113,15 @@ def _sections(results: Results) -> Iterable[str]:
     for anchor, heading, figure, write in SECTIONS:
         parts = [_figure(results, figure) if figure else "", write(results)]
         if any(parts):
-            yield f'<section id="{anchor}">\n<h2>{heading}</h2>\n' + "\n".join(filter(None, parts)) + "\n</section>"
+            yield section(anchor, heading, parts)
 
 
 def _figure(results: Results, name: str) -> str:
-    """A figure twice: as wide as a page, and as a phone; the style sheet shows one."""
-    drawn = {kind: FIGURES[name](results, width) for kind, width in (("wide", WIDE), ("narrow", NARROW))}
+    return figure_twice(name, partial(FIGURES[name], results))
+
+
+def figure_twice(name: str, draw: Callable[[float], Figure | None]) -> str:
+    """A figure twice: as wide as a page, and as a phone; the style sheet shows one. draw: makes it of a width; None: there is none."""
+    drawn = {kind: draw(width) for kind, width in (("wide", WIDE), ("narrow", NARROW))}
     shown = [f'<div class="{kind}">{to_svg(figure)}</div>' for kind, figure in drawn.items() if figure]
     return f'<figure id="figure-{name}">{"".join(shown)}</figure>' if shown else ""

@@ -5,35 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from ...terminal import format_bytes, printable
+from ...terminal import format_bytes
 from ..results import ModelResult, Perplexity, Results
 from .compare import ScoreRow, averages, finite_losses, labels, score_rows, text_rows
 from .drawing import colour_of
 from .loss_curve import ROWS, loss_rows
+from .markup import NONE, html_table, plain, remark, small, term_list
 from .numbers import join_words, write_chance, write_count, write_figure, write_share, write_spread
 from .summary import kept_words
-
-NONE = "–"
 
 
 def summary_table(results: Results) -> str:
     """The models side by side: what they are and what they reach."""
     models, first = results.models, results.baseline
     rows: list[tuple[str, list[str]]] = [
-        ("Made as", [_plain(model.role) for model in models]),
+        ("Made as", [plain(model.role) for model in models]),
         ("Layers", [escape(kept_words(model)) for model in models]),
         (
             "Parameters",
             [_with_share(write_count(model.parameters), model.parameters, first.parameters, i) for i, model in enumerate(models)],
         ),
         ("Size of the tensors", [_with_share(format_bytes(model.nbytes), model.nbytes, first.nbytes, i) for i, model in enumerate(models)]),
-        ("Measured in", [_plain(f"{model.load} on {model.device}") for model in models]),
+        ("Measured in", [plain(f"{model.load} on {model.device}") for model in models]),
     ]
-    rows += [(f"Average score{_small(', '.join(filter(None, [row.group, row.part])))}", _score_cells(row)) for row in averages(results)]
+    rows += [(f"Average score{small(', '.join(filter(None, [row.group, row.part])))}", _score_cells(row)) for row in averages(results)]
     for row in text_rows(results):
-        rows.append((f"Perplexity{_small(row.text)}", [write_figure(one.perplexity) if one else NONE for one in row.models]))
-        rows.append((f"Bits per byte{_small(row.text)}", [_bits(one) if one else NONE for one in row.models]))
-    return _table(_names(results), rows, words=("Layers", "Made as", "Measured in"))
+        rows.append((f"Perplexity{small(row.text)}", [write_figure(one.perplexity) if one else NONE for one in row.models]))
+        rows.append((f"Bits per byte{small(row.text)}", [_bits(one) if one else NONE for one in row.models]))
+    return html_table(_names(results), rows, words=("Layers", "Made as", "Measured in"))
 
 
 def benchmarks_table(results: Results) -> str:
@@ -41,13 +40,13 @@ def benchmarks_table(results: Results) -> str:
     rows = score_rows(results)
     if not rows:
         return ""
-    cells = [(f"{escape(row.title)}{_small(_row_words(row))}", _score_cells(row)) for row in rows]
+    cells = [(f"{escape(row.title)}{small(_row_words(row))}", _score_cells(row)) for row in rows]
     note = "Scores ± one standard error; of 100, where nothing else is said."
     if len(results.models) > 1:
         note += f" Below a score: the share of {labels(results)[0]}’s that is left."
     if any(row.tasks > 1 for row in rows):
         note += " An average is over the benchmarks of a suite, its error that of independent ones, its share that of the averages."
-    return _note(note) + _table(_names(results), cells, marked=[i for i, row in enumerate(rows) if row.tasks > 1])
+    return remark(note) + html_table(_names(results), cells, marked=[i for i, row in enumerate(rows) if row.tasks > 1])
 
 
 def perplexity_tables(results: Results) -> str:
@@ -58,10 +57,10 @@ def perplexity_tables(results: Results) -> str:
         lines = []
         for name, one in zip(_names(results), row.models, strict=True):
             if one:
-                loss = f"{one.loss:.4f}{_small(f'± {one.stderr:.4f}')}"
+                loss = f"{one.loss:.4f}{small(f'± {one.stderr:.4f}')}"
                 lines.append((name, [loss, write_figure(one.perplexity), _bits(one), f"{one.tokens:,}"]))
-        note = "" if row.comparable else _note("Their tokenizers differ: compare bits per byte, and not perplexities.")
-        parts.append(f"<h3>{escape(row.text)}</h3>\n{note}{_table(columns[1:], lines, columns[0])}")
+        note = "" if row.comparable else remark("Their tokenizers differ: compare bits per byte, and not perplexities.")
+        parts.append(f"<h3>{escape(row.text)}</h3>\n{note}{html_table(columns[1:], lines, columns[0])}")
     return "\n".join(parts)
 
 
@@ -71,13 +70,13 @@ def loss_tables(results: Results) -> str:
     for name, model in zip(_names(results), results.models, strict=True):
         if rows := loss_rows(model.training):
             cells = [(f"{row.epoch:.2f}", [f"{row.step:,}", _loss(row.loss), _loss(row.eval_loss)]) for row in rows]
-            note = _note(f"{ROWS} of the logged steps, evenly spaced.") if len(rows) == ROWS else ""
+            note = remark(f"{ROWS} of the logged steps, evenly spaced.") if len(rows) == ROWS else ""
             wanted = [i for i in range(3) if any(line[1][i] != NONE for line in cells)]
             heads = ["Step", "Training loss", "Held-out loss"]
-            table = _table([heads[i] for i in wanted], [(first, [line[i] for i in wanted]) for first, line in cells], "Epoch")
+            table = html_table([heads[i] for i in wanted], [(first, [line[i] for i in wanted]) for first, line in cells], "Epoch")
             parts.append(f"<h3>{name}</h3>\n{note}{table}")
         if lost := [entry.step for entry in model.training if finite_losses(entry) != entry]:
-            parts.append(_note(f"The loss that was logged at {_steps(lost)} is no finite number; it is left out."))
+            parts.append(remark(f"The loss that was logged at {_steps(lost)} is no finite number; it is left out."))
     return "\n".join(parts)
 
 
@@ -96,8 +95,8 @@ def speed_table(results: Results) -> str:
         values = [getattr(speed, field) if speed else None for speed in speeds]
         base = getattr(first, field) if first else None
         cells = [NONE if value is None else _with_share(write(value), value, base, i) for i, value in enumerate(values)]
-        rows.append((title + ("" if field == "peak_bytes" else _small("tokens per second")), cells))
-    return _table(_names(results), rows)
+        rows.append((title + ("" if field == "peak_bytes" else small("tokens per second")), cells))
+    return html_table(_names(results), rows)
 
 
 def measured_how(results: Results) -> str:
@@ -115,7 +114,7 @@ def measured_how(results: Results) -> str:
     terms += [(f"Model {i}", _model_words(model)) for i, model in enumerate(results.models, 1)]
     terms.append(("Versions", ", ".join(f"{name} {version}" for name, version in results.versions.items())))
     terms += [("Machine", results.machine), ("Measured", results.created)]
-    return "<dl>\n" + "\n".join(f"<dt>{_plain(term)}</dt><dd>{_plain(text)}</dd>" for term, text in terms if text) + "\n</dl>"
+    return term_list(terms)
 
 
 def _names(results: Results) -> list[str]:
@@ -124,33 +123,11 @@ def _names(results: Results) -> list[str]:
     return [f'{key}<span class="name">{escape(name)}</span>' for key, name in zip(keys, labels(results), strict=True)]
 
 
-def _table(
-    columns: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[str]]],
-    corner: str = "",
-    *,
-    words: Sequence[str] = (),
-    marked: Sequence[int] = (),
-) -> str:
-    """An HTML table of cells that are HTML. words: rows whose cells may be broken into lines; marked: numbers of rows that stand out."""
-    heads = "".join(f'<th scope="col">{column}</th>' for column in (corner, *columns))
-    lines = []
-    for place, (title, cells) in enumerate(rows):
-        kind = ' class="words"' if title in words else ""
-        line = f'<th scope="row">{title}</th>' + "".join(f"<td{kind}>{cell}</td>" for cell in cells)
-        lines.append(f'<tr class="average">{line}</tr>' if place in marked else f"<tr>{line}</tr>")
-    return (
-        f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n'
-        + "\n".join(lines)
-        + "\n</tbody></table></div>"
-    )
-
-
 def _score_cells(row: ScoreRow) -> list[str]:
     cells = []
     for index, (value, stderr) in enumerate(zip(row.values, row.stderrs, strict=True)):
         share = write_share(row.retained(index)) if index else ""
-        cells.append(NONE if value is None else write_spread(value, stderr, row.percent) + _small(share))
+        cells.append(NONE if value is None else write_spread(value, stderr, row.percent) + small(share))
     return cells
 
 
@@ -175,7 +152,7 @@ def _model_words(model: ModelResult) -> str:
 
 
 def _with_share(text: str, value: float, first: float | None, index: int) -> str:
-    return text + (_small(write_share(value / first)) if index and first else "")
+    return text + (small(write_share(value / first)) if index and first else "")
 
 
 def _steps(steps: Sequence[int]) -> str:
@@ -193,15 +170,3 @@ def _bits(one: Perplexity) -> str:
 
 def _loss(value: float | None) -> str:
     return NONE if value is None else f"{value:.4f}"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>\n'
-
-
-def _plain(text: str) -> str:
-    return escape(printable(text))
-
-
-def _small(text: str) -> str:
-    return f"<small>{escape(text)}</small>" if text else ""

@@ -1,0 +1,309 @@
+"""A transformers model in parts, so that one larger than memory can be run: a frame without layers, and single decoder layers.
+
+The frame is the stock model, whose own forward makes the arguments of each layer: masks, positions, whatever the family needs. Its layers
+only stand in: those before the one that is run give what was computed of them earlier, and that one ends the forward. Parts are loaded by
+stock `from_pretrained`, so that its conversions and quantisers apply. Knows no metric and no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import Checkpoint, Tensor
+from ..errors import DowncycleError
+from ..families import is_native
+from ..model import class_and_config, from_tensors
+from ..stack import OTHER_TOWERS, Stack, split_layers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+RESCALED = ("rwkv",)  # families whose model changes its layers as it runs them
+
+
+@dataclass(frozen=True)
+class State:
+    """What stands between two layers. returned: what the last layer returned: its hidden states [..., batch, tokens, width], or a tuple of
+    them and of what the next layer takes. shared: what layers put into a mapping that they were given, by the mapping's name."""
+
+    returned: Any
+    shared: dict[str, dict[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states."""
+        return self.returned[0] if isinstance(self.returned, tuple | list) else self.returned
+
+
+class _Reached(Exception):
+    """A frame's forward came to a layer that has not been run."""
+
+    def __init__(self, number: int, args: Any, kwargs: Any):
+        self.number, self.args_given, self.kwargs_given = number, args, kwargs
+
+
+class Parts:
+    """The parts of a model. loads: how often a layer's weights were read; forwards: how often a layer was run on a batch.
+
+    Args:
+        device: where parts are put, as torch names it. resident: keep each layer once it is loaded.
+        options: for `from_pretrained`, such as dtype.
+    Raises:
+        DowncycleError: a family that cannot be taken apart, with why.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "cpu", resident: bool = False, **options: Any):
+        self.checkpoint, self.device, self.resident = checkpoint, device, resident
+        self.options = options | ({"device_map": {"": device}} if device != "cpu" else {})
+        self.depth = checkpoint.num_layers
+        self.loads = self.forwards = 0
+        _check(checkpoint, stack := split_layers(checkpoint))
+        self._class, self._config = class_and_config(checkpoint)
+        names = {id(tensor): name for name, tensor in checkpoint.tensors.items()}
+        self._layers = [{names[id(tensor)]: tensor for tensor in layer.values()} for layer in stack.layers]
+        self._rest = stack.rest
+        self._kept: dict[int, nn.Module] = {}
+        self._ties: dict[str, str] = {}
+        self._frame: Any = None
+        self._shape: tuple[str, int] | None = None  # what a layer of this family returns: tensor, tuple or list, and of how many
+
+    def layer(self, number: int) -> nn.Module:
+        """Load a decoder layer, by its number."""
+        if number not in self._kept:
+            part = self._load(number, self._tensors_of(number))
+            layer = part.get_submodule(f"{part.stack_name}.{number}")
+            self.loads += 1
+            if not self.resident:
+                return layer
+            self._kept[number] = layer
+        return self._kept[number]
+
+    def step(self, layer: nn.Module, number: int, ids: torch.Tensor, state: State | None) -> State | None:
+        """Run a layer on a batch.
+
+        Args:
+            ids: [batch, tokens]. state: what stands after the last layer that was run before; None where there was none.
+        Returns:
+            What stands after it; the same where the model's loop passes this layer over.
+        Raises:
+            DowncycleError: numbers that are not finite, with the layer's name.
+        """
+        import torch
+
+        found = self._run_to(number, ids, state)
+        if found is None:
+            return state
+        args, kwargs = found
+        mappings = {name: (value, set(value)) for name, value in kwargs.items() if isinstance(value, MutableMapping)}
+        for name, values in (state.shared if state else {}).items():
+            mappings[name][0].update(values)
+        returned = layer(*args, **kwargs)
+        self.forwards += 1
+        self._shape = (type(returned).__name__, len(returned)) if isinstance(returned, tuple | list) else ("Tensor", 1)
+        shared = {name: {key: value[key] for key in value if key not in own} for name, (value, own) in mappings.items()}
+        after = State(returned, {name: values for name, values in shared.items() if values})
+        if not bool(torch.isfinite(after.hidden).all()):
+            raise DowncycleError(f"{self.checkpoint.name}: the output of layer {number} is not finite{why_not_finite(layer)}")
+        return after
+
+    def entering(self, number: int, ids: torch.Tensor, state: State | None) -> torch.Tensor | None:
+        """Return the hidden states that enter a layer, [..., batch, tokens, width]; None where the model's loop passes it over."""
+        found = self._run_to(number, ids, state)
+        return None if found is None else _hidden_of_call(*found)
+
+    def notes(self) -> Any:
+        """Return, for JSON, what was learnt by running layers."""
+        return self._shape
+
+    def recall(self, notes: Any) -> None:
+        """Take up what an earlier process learnt."""
+        self._shape = tuple(notes) if notes else self._shape
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has logits for."""
+        return int(self._config.get_text_config().vocab_size)
+
+    def logits(self, ids: torch.Tensor, state: State | None, columns: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits [batch, columns, vocabulary] after the last layer, of all tokens or of these columns of them."""
+        self._stand_in(self.depth, state)
+        if columns is None or "logits_to_keep" in signature(self.frame.forward).parameters:
+            kept = {} if columns is None else {"logits_to_keep": columns}
+            return self.frame(input_ids=ids, use_cache=False, **kept).logits
+        return self.frame(input_ids=ids, use_cache=False).logits[:, columns]
+
+    @property
+    def frame(self) -> Any:
+        """The model without its decoder layers."""
+        if self._frame is None:
+            self._frame = self._load(None, self._rest)
+            self._ties = self._frame.ties
+        return self._frame
+
+    def release(self) -> None:
+        """Give the frame's memory back; it is loaded again when it is needed."""
+        self._frame = None
+
+    def _run_to(self, number: int, ids: torch.Tensor, state: State | None) -> tuple[Any, Any] | None:
+        """Return the arguments that the model gives to a layer; None where it does not call it."""
+        self._stand_in(number, state)
+        try:
+            self.frame(input_ids=ids, use_cache=False)
+        except _Reached as reached:
+            if reached.number == number:
+                return reached.args_given, reached.kwargs_given
+        return None
+
+    def _stand_in(self, number: int, state: State | None) -> None:
+        """Let the layers before `number` give a state, or, where there is none yet, what enters them; let the others end the forward."""
+
+        def before(*args: Any, **kwargs: Any) -> Any:
+            return self._as_returned(_hidden_of_call(args, kwargs)) if state is None else state.returned
+
+        def from_here(place: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                raise _Reached(place, args, kwargs)
+
+            return forward
+
+        for place, layer in enumerate(self.frame.stand_ins):
+            layer.forward = before if place < number else from_here(place)
+
+    def _as_returned(self, hidden: torch.Tensor) -> Any:
+        """Put hidden states into what a layer returns."""
+        kind, length = self._shape or ("Tensor", 1)
+        values = [hidden, *[None] * (length - 1)]
+        return {"tuple": tuple(values), "list": values}.get(kind, hidden)
+
+    def _tensors_of(self, number: int) -> dict[str, Tensor]:
+        """Return the tensors of a layer, those among them that it shares with another."""
+        self.frame  # noqa: B018 - knows what is shared
+        start = f"{self.frame.stack_name}.{number}."
+        shared = {name: source for name, source in self._ties.items() if name.startswith(start)}
+        known = self.checkpoint.tensors
+        return self._layers[number] | {name: known[source] for name, source in shared.items() if name not in known and source in known}
+
+    def _load(self, number: int | None, tensors: dict[str, Tensor]) -> Any:
+        """Load the frame (None) or the part that holds one layer."""
+        part = _frame_class(self._class, self.depth) if number is None else _layer_class(self._class, self.depth, number)
+        model = from_tensors(part, self._config, tensors, self.checkpoint.name, **self.options)
+        if number is None:
+            stack = model.get_submodule(model.stack_name)
+            stack._modules.update({str(place): layer for place, layer in enumerate(model.stand_ins)})
+        for weight in model.parameters():
+            weight.requires_grad_(False)
+        return model
+
+
+def _hidden_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def why_not_finite(part: nn.Module) -> str:
+    """Name a weight that is not finite itself; if there is none, the computation overflowed."""
+    for name, weight in part.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
+            return f", as its weight {name} holds NaN or infinity: the file is damaged, or the training that made it failed"
+    if any(str(weight.dtype) == "torch.float16" for weight in part.parameters()):
+        return ": numbers grow beyond what float16 holds; try --load bf16 or fp32"
+    return ", though its weights are; try --load fp32, and check how the model was made"
+
+
+def find_stack(model: nn.Module, depth: int) -> str:
+    """Return the name of the list of decoder layers: of those as long as the model is deep, in no other tower, the one that weighs most."""
+    from torch.nn import ModuleList
+
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, ModuleList) and len(module) == depth}
+    text = {name: module for name, module in lists.items() if not OTHER_TOWERS.search(name)} or lists
+    if not text:
+        raise DowncycleError(f"{type(model).__name__}: has no list of {depth} decoder layers, and so cannot be run layer by layer")
+    return max(text, key=lambda name: sum(weight.numel() for weight in text[name].parameters()))
+
+
+def _check(checkpoint: Checkpoint, stack: Stack) -> None:
+    """Refuse a model that cannot be taken apart."""
+    why = ""
+    if checkpoint.config.get("auto_map") and not is_native(checkpoint.config):
+        why = "its Python code, which comes with it, is not run"
+    elif len(stack.stems) > 1:
+        why = f"each of its layers is spread over {len(stack.stems)} lists"
+    elif checkpoint.config.get("model_type") in RESCALED:
+        why = "its layers change as the model goes through them"
+    if why:
+        raise DowncycleError(f"{checkpoint.name}: cannot be run layer by layer, as {why}; choose with --select first, tail, ends or even")
+
+
+def _frame_class(model_class: Any, depth: int) -> Any:
+    """Derive the class of a model whose decoder layers are empty; the real ones, without weights, lie in `stand_ins`."""
+
+    def make(self: Any) -> None:
+        self.stack_name = find_stack(self, depth)
+        self.ties = dict(self.get_expanded_tied_weights_keys(all_submodels=True))
+        stack = self.get_submodule(self.stack_name)
+        object.__setattr__(self, "stand_ins", list(stack))  # no submodules, so that nothing is loaded into them
+        stack._modules.clear()
+        self.all_tied_weights_keys = {name: source for name, source in self.ties.items() if _has(self, name) and _has(self, source)}
+
+    return _derive(model_class, make)
+
+
+def _layer_class(model_class: Any, depth: int, number: int) -> Any:
+    """Derive the class of a model of which nothing but one decoder layer is left."""
+
+    def make(self: Any) -> None:
+        self.stack_name = find_stack(self, depth)
+        _strip(self, "", f"{self.stack_name}.{number}")
+        self.all_tied_weights_keys = {}
+
+    def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    return _derive(model_class, make, tie_weights=tie_weights)
+
+
+def _derive(model_class: Any, make: Callable[[Any], None], **methods: Any) -> Any:
+    """Derive a class that transformers takes for the original, and that is pruned as soon as it is made, before weights are loaded."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        make(self)
+
+    names = ("__module__", "__qualname__", "config_class")
+    body = {name: getattr(model_class, name) for name in names} | {"__init__": __init__} | methods
+    return type(model_class.__name__, (model_class,), body)
+
+
+def _strip(module: Any, path: str, kept: str) -> None:
+    """Take out every module that neither holds the kept one nor lies in it."""
+    from torch import nn
+
+    gone = nn.Module()
+    for name, child in list(module.named_children()):
+        here = f"{path}.{name}".lstrip(".")
+        if kept.startswith(f"{here}."):
+            _strip(child, here, kept)
+        elif here != kept and isinstance(module, nn.ModuleList):
+            del module._modules[name]
+        elif here != kept:
+            module._modules[name] = gone
+    module._parameters.update(dict.fromkeys(module._parameters))
+    if own := getattr(module, "_init_weights", None):
+        module._init_weights = partial(_init_what_is_left, own)
+
+
+def _init_what_is_left(own: Callable[[Any], None], module: Any) -> None:
+    """Fill what no file holds, such as rotary frequencies; what is gone cannot be."""
+    with suppress(AttributeError):
+        own(module)
+
+
+def _has(model: Any, name: str) -> bool:
+    with suppress(AttributeError):
+        return model.get_parameter_or_buffer(name) is not None
+    return False

@@ -1,0 +1,95 @@
+"""What stands between the layers, kept on disk: memory stays small, and a killed run goes on after the last finished layer.
+
+A folder for each depth, which holds a state for each path and batch. Knows no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import DowncycleError
+from .parts import State
+
+DONE = "done.json"  # stands in a depth's folder once that is whole
+
+
+class States:
+    """States by depth, path and batch. A path is the set of layers that it has dropped so far.
+
+    Args:
+        folder: of this one pass over the layers; what an earlier run left in it is used.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def finished(self) -> tuple[int, dict[str, Any]]:
+        """Return the deepest depth that is whole, and what was noted there; 0 and nothing at the beginning."""
+        marks = [path.parent for path in self.folder.glob(f"*/{DONE}")]
+        if not marks:
+            return 0, {}
+        deepest = max(marks, key=lambda folder: int(folder.name))
+        return int(deepest.name), json.loads((deepest / DONE).read_text())
+
+    def put(self, depth: int, path: Iterable[int], batch: int, state: State | None) -> None:
+        """Keep a state."""
+        import torch
+
+        file = self._file(depth, path, batch)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(None if state is None else (state.returned, state.shared), file)
+        except (OSError, RuntimeError) as error:
+            raise _no_room(self.folder, error) from error
+
+    def get(self, depth: int, path: Iterable[int], batch: int, device: str = "cpu") -> State | None:
+        """Return a state; None where no layer has been run yet."""
+        import torch
+
+        if depth == 0:
+            return None
+        found = torch.load(self._file(depth, path, batch), map_location=device, weights_only=True)
+        return None if found is None else State(*found)
+
+    def pass_on(self, depth: int, path: Iterable[int], batch: int, number: int) -> None:
+        """Let a path that drops layer `number` stand behind it as it stood before it."""
+        if depth == 0:
+            self.put(1, [number], batch, None)
+            return
+        target = self._file(depth + 1, [*path, number], batch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        os.link(self._file(depth, path, batch), target)
+
+    def finish(self, depth: int, notes: dict[str, Any], keep: bool = False) -> None:
+        """Mark a depth as whole, and let the one before go, or all of it but the whole model's states where those are kept."""
+        (self.folder / str(depth)).mkdir(parents=True, exist_ok=True)
+        partial = self.folder / str(depth) / f".{DONE}"
+        partial.write_text(json.dumps(notes))
+        partial.replace(self.folder / str(depth) / DONE)
+        before = self.folder / str(depth - 1)
+        if not keep:
+            shutil.rmtree(before, ignore_errors=True)
+        for file in before.glob("*.pt"):
+            if not file.name.startswith("whole-"):
+                file.unlink()
+
+    def clear(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, depth: int, path: Iterable[int], batch: int) -> Path:
+        return self.folder / str(depth) / f"{'_'.join(map(str, sorted(path))) or 'whole'}-{batch}.pt"
+
+
+def _no_room(folder: Path, error: Exception) -> DowncycleError:
+    free = shutil.disk_usage(folder).free / 1e9
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())[:80]
+    return DowncycleError(
+        f"{folder}: cannot hold the hidden states ({said}; {free:.1f} GB free); give fewer --samples, or another place as DOWNCYCLE_CACHE"
+    )
