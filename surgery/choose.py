@@ -61,9 +61,10 @@ def parse_layers(text: str, layers: int, option: str = "--layers") -> list[int]:
         if low > high:
             raise DowncycleError(f"{option} {text}: {low}-{high} runs backwards; write {high}-{low}, or list the layers one by one")
         if high >= layers:
+            some = f"0-{layers - 1}" if option == "--layers" else f"0,{layers - 1}"
             raise DowncycleError(
                 f"{option} {text}: layer {high} does not exist; the model has {layers} layers (0-{layers - 1}). "
-                f"Try {option} 0-{layers - 1}, or `downcycle inspect SRC`."
+                f"Try {option} {some}, or `downcycle inspect SRC`."
             )
         chosen.extend(range(low, high + 1))
     return chosen

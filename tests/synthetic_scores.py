@@ -11,12 +11,12 @@ UNCUT = 2.1034
 
 
 def make_scores(layers=32, keep=None, **changes):
-    """What `downcycle score` could have found: some layers that no metric scores, a metric and methods that are refused, one that is kept plain."""
+    """What `downcycle score` could have found: layers without a score, a metric and a method that are refused, a method that is kept plain."""
     keep = DEPTHS[layers] if keep is None else keep
     chance, drop = random.Random(layers), layers - keep
     states = _states(layers, chance)
     influence = [1 - _cosine(states[i], states[i + 1]) for i in range(layers)]
-    alone = [4.5 * value**1.5 + chance.uniform(-0.004, 0.01) for value in influence]
+    alone = [12 * value**1.8 + chance.uniform(-0.004, 0.01) for value in influence]
     taylor = [None if i < min(4, layers // 4) or i >= layers - 2 else 3e4 * v * chance.uniform(0.5, 1.5) for i, v in enumerate(influence)]
     magnitude = [8.2 + 0.03 * i + chance.uniform(-0.2, 0.2) for i in range(layers)]
     triangle = tuple(
@@ -73,14 +73,13 @@ def make_scores(layers=32, keep=None, **changes):
 
 
 def _states(layers, chance):
-    """Hidden states, [layers + 1][24]: the first and the last layers turn them most."""
+    """Hidden states, [layers + 1][24]: the first layers and the last one turn them most."""
     state = [chance.gauss(0, 1) for _ in range(24)]
     states = [state]
     for i in range(layers):
-        place = i / max(1, layers - 1)
-        step = 0.9 * math.exp(-place * 9) + 0.12 + 0.7 * math.exp((place - 1) * 25) - 0.07 * place + chance.uniform(0, 0.04)
-        drift = [0.4 * s + chance.gauss(0, 1) for s in state]
-        state = [s + step * d for s, d in zip(state, drift, strict=True)]
+        place, size = i / max(1, layers - 1), math.hypot(*state) / math.sqrt(24)
+        share = 1.1 * math.exp(-i * 1.2) + (1.6 - 1.1 * place) * 3 / (layers + 6) + 0.5 * math.exp(i - layers + 1) + chance.uniform(0, 0.03)
+        state = [s + share * size * chance.gauss(0, 1) for s in state]
         states.append(state)
     return states
 
@@ -97,7 +96,7 @@ def _lowest(values, count):
 
 
 def _choice(rule, layers, dropped, influence, place):
-    cost = 1.2 * sum(influence[i] for i in dropped) * (1 + 0.35 * place) + (16 if rule == "magnitude" else 0.02)
+    cost = 0.9 * sum(influence[i] for i in dropped) * (1 + 0.35 * place) + (16 if rule == "magnitude" else 0.02)
     kept = tuple(i for i in range(layers) if i not in dropped)
     cut = Loss(UNCUT + cost, 0.011 + 0.006 * cost)
     scaled, refitted = Loss(UNCUT + 0.8 * cost, cut.stderr), Loss(UNCUT + (0.5 + 0.03 * place) * cost, 0.8 * cut.stderr)

@@ -92,10 +92,12 @@ def _check(samples: int, length: int) -> None:
 def _limits(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
     """Return how many positions and embeddings a model has, as its config says; None where it does not."""
     config = read_config(checkpoint.config)
-    if config is None:
-        return None, None
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    return positions(config), rows if type(rows) is int and rows > 0 else None
+    try:
+        text = config and config.get_text_config()
+    except ValueError:  # two texts: what it reads, and what it writes
+        text = None
+    rows = getattr(text, "vocab_size", None)
+    return positions(config) if text else None, rows if type(rows) is int and rows > 0 else None
 
 
 # What is read of the text.

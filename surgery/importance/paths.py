@@ -24,13 +24,13 @@ Progress = Callable[[str, int, int], None]
 
 
 class Observer(Protocol):
-    """Something that looks at the hidden states of the whole model. Its notes are kept with each finished layer, as JSON."""
+    """Something that looks at the hidden states of the whole model. Its notes are kept with each finished layer."""
 
     def see(self, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Look at what enters a layer and what leaves it, [..., batch, tokens, width]."""
 
     def notes(self) -> Any:
-        """Return what was seen so far."""
+        """Return what was seen so far, in numbers, lists and tensors."""
 
     def recall(self, notes: Any) -> None:
         """Go on from notes."""
@@ -70,9 +70,10 @@ def run_paths(
 
     with torch.inference_mode():
         begin, notes = states.finished()
-        for observer, seen in zip(observers, notes.get("observers", []), strict=False):
-            observer.recall(seen)
-        parts.recall(notes.get("parts"))
+        if notes:
+            parts.recall(notes["parts"])
+            for observer, seen in zip(observers, notes["observers"], strict=True):
+                observer.recall(seen)
         for number in range(begin, parts.depth):
             progress(what, number, parts.depth)
             _run_layer(parts, number, batches, paths, states, observers)

@@ -1,7 +1,7 @@
 """Rules that choose layers by scores that were measured before. Knows no model, reads no tensors and imports no torch.
 
 Layers are numbered from 0; a rule returns the kept ones in order. Rules without data are in surgery/choose.py.
-Ties: of equal scores the later layer is dropped, and of equal blocks the later one, as later layers are the more redundant (arXiv 2403.17887).
+Ties: of equal scores the later layer is dropped, and of equal blocks the later one: later layers are the more redundant (arXiv 2403.17887).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def protected_layers(rule: str, layers: int, keep: int, protect: Sequence[int] |
     last ones, then by turns, so that the first layer stays longest.
 
     Raises:
-        DowncycleError: no such rule, too few or too many layers to keep, or `protect` names a layer that does not exist or more than `keep`.
+        DowncycleError: no such rule, too few or too many layers to keep, or `protect` names layers that do not exist or more than `keep`.
     """
     ends = _find(rule)
     check_keep(layers, keep)

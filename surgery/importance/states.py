@@ -5,7 +5,6 @@ A folder for each depth, which holds a state for each path and batch. Knows no m
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from typing import Any
 from ..errors import DowncycleError
 from .parts import State
 
-DONE = "done.json"  # stands in a depth's folder once that is whole
+DONE = "done"  # stands in a depth's folder once that is whole
 
 
 class States:
@@ -28,24 +27,19 @@ class States:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def finished(self) -> tuple[int, dict[str, Any]]:
-        """Return the deepest depth that is whole, and what was noted there; 0 and nothing at the beginning."""
+    def finished(self) -> tuple[int, Any]:
+        """Return the deepest depth that is whole, and what was noted there; 0 and None at the beginning."""
         marks = [path.parent for path in self.folder.glob(f"*/{DONE}")]
         if not marks:
-            return 0, {}
+            return 0, None
+        import torch
+
         deepest = max(marks, key=lambda folder: int(folder.name))
-        return int(deepest.name), json.loads((deepest / DONE).read_text())
+        return int(deepest.name), torch.load(deepest / DONE, weights_only=True)
 
     def put(self, depth: int, path: Iterable[int], batch: int, state: State | None) -> None:
         """Keep a state."""
-        import torch
-
-        file = self._file(depth, path, batch)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.save(None if state is None else (state.returned, state.shared), file)
-        except (OSError, RuntimeError) as error:
-            raise _no_room(self.folder, error) from error
+        self._save(None if state is None else (state.returned, state.shared), self._file(depth, path, batch))
 
     def get(self, depth: int, path: Iterable[int], batch: int, device: str = "cpu") -> State | None:
         """Return a state; None where no layer has been run yet."""
@@ -66,12 +60,15 @@ class States:
         target.unlink(missing_ok=True)
         os.link(self._file(depth, path, batch), target)
 
-    def finish(self, depth: int, notes: dict[str, Any], keep: bool = False) -> None:
-        """Mark a depth as whole, and let the one before go, or all of it but the whole model's states where those are kept."""
-        (self.folder / str(depth)).mkdir(parents=True, exist_ok=True)
-        partial = self.folder / str(depth) / f".{DONE}"
-        partial.write_text(json.dumps(notes))
-        partial.replace(self.folder / str(depth) / DONE)
+    def finish(self, depth: int, notes: Any, keep: bool = False) -> None:
+        """Mark a depth as whole, and let the one before go, or all of it but the whole model's states where those are kept.
+
+        Args:
+            notes: numbers, text and tensors, for the run that goes on from here.
+        """
+        mark = self.folder / str(depth) / DONE
+        self._save(notes, partial := mark.with_suffix(".partial"))
+        partial.replace(mark)
         before = self.folder / str(depth - 1)
         if not keep:
             shutil.rmtree(before, ignore_errors=True)
@@ -82,6 +79,16 @@ class States:
     def clear(self) -> None:
         """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _save(self, value: Any, file: Path) -> None:
+        import torch
+
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "wb") as target:
+                torch.save(value, target)
+        except (OSError, RuntimeError) as error:
+            raise _no_room(self.folder, error) from error
 
     def _file(self, depth: int, path: Iterable[int], batch: int) -> Path:
         return self.folder / str(depth) / f"{'_'.join(map(str, sorted(path))) or 'whole'}-{batch}.pt"

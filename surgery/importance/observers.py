@@ -1,0 +1,64 @@
+"""What is measured of the hidden states while the whole model runs: block influence, and the states of last tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .metrics import Influence, angular_triangle, last_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Influences:
+    """Block influence of each layer."""
+
+    def __init__(self, depth: int):
+        self.found = [Influence() for _ in range(depth)]
+
+    def see(self, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add a batch."""
+        self.found[number] = self.found[number].add(before, after)
+
+    def notes(self) -> Any:
+        """Return the sums so far."""
+        return [asdict(one) for one in self.found]
+
+    def recall(self, notes: Any) -> None:
+        """Go on from these sums."""
+        self.found = [Influence(**one) for one in notes]
+
+    def scores(self) -> list[float | None]:
+        """Return the block influence of each layer; None of one that takes no part in reading a text."""
+        return [one.score if one.states else None for one in self.found]
+
+
+class LastTokens:
+    """The hidden states of each sample's last token at every depth."""
+
+    def __init__(self, depth: int):
+        self.rows: list[list[torch.Tensor]] = [[] for _ in range(depth + 1)]
+
+    def see(self, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add a batch."""
+        if number == 0:
+            self.rows[0].append(last_tokens(before))
+        self.rows[number + 1].append(last_tokens(after))
+
+    def notes(self) -> Any:
+        """Return the states so far."""
+        return self.rows
+
+    def recall(self, notes: Any) -> None:
+        """Go on from these states."""
+        self.rows = notes
+
+    def triangle(self) -> list[list[float]]:
+        """Return the angular distance of every block; of a layer that takes no part in reading a text, what entered it left it."""
+        import torch
+
+        depths = [torch.cat(self.rows[0])]
+        for rows in self.rows[1:]:
+            depths.append(torch.cat(rows) if rows else depths[-1])
+        return angular_triangle(depths)
