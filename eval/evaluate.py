@@ -9,10 +9,8 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +21,7 @@ from .benchmarks.harness import require_lm_eval
 from .benchmarks.tasks import Task, parse_tasks, task_key
 from .cache import keep, keep_results, key_of, recall
 from .content import cache_folder, content_digest
-from .machine import gpu_names, machine_words
+from .machine import gpu_names, machine_words, release_of
 from .measure.loading import Loaded, check_load, held_as, load
 from .measure.perplexity import check_windows, perplexity
 from .measure.speed import measure_speed
@@ -54,7 +52,7 @@ class Plan:
     @cached_property
     def how(self) -> list[Any]:
         """What decides every number beside the model and the measure: how it is loaded, on what, by which releases."""
-        releases = [_version(name) for name in ("torch", "transformers", "bitsandbytes")]
+        releases = [release_of(name) for name in ("torch", "transformers", "bitsandbytes")]
         return [self.load, self.offload, "cuda" if gpu_names() else "cpu", *releases]
 
 
@@ -115,7 +113,7 @@ def evaluate(
             keep(subject.content, side_by_side, speed)
     measured = [_measure(subject, plan, progress) for subject in subjects]
     described = [_describe(subject, plan, known, speed) for subject, known, speed in zip(subjects, measured, speeds, strict=True)]
-    versions = {name: release for name in PACKAGES if (release := _version(name))}
+    versions = {name: release for name in PACKAGES if (release := release_of(name))}
     results = Results(_with_roles(described), machine, versions, time.strftime("%Y-%m-%d"), limit)
     keep_results(results)
     return results
@@ -241,9 +239,3 @@ def _shown(text: Documents, limit: int | None) -> str:
 def _with_roles(models: Sequence[ModelResult]) -> tuple[ModelResult, ...]:
     """Of models that were not made here, only the first is taken for the parent of the others."""
     return tuple(replace(one, role=UNKNOWN) if number and one.role == PARENT else one for number, one in enumerate(models))
-
-
-def _version(name: str) -> str | None:
-    with suppress(PackageNotFoundError):
-        return version(name)
-    return None

@@ -1,4 +1,4 @@
-"""This machine in words: processor, memory and GPUs, from what the system says, so that no torch is needed to name it."""
+"""This machine in words: processor, memory, GPUs and releases, from what the system says, so that no torch is needed to name it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..recipes.memory import GIB
@@ -28,6 +29,13 @@ def gpu_names() -> list[str]:
         with suppress(OSError):
             names += re.findall(r"Model:\s*(.+)", path.read_text())
     return names
+
+
+def release_of(package: str) -> str | None:
+    """Return the release of an installed package; None where there is none."""
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 def _processor() -> str:

@@ -11,14 +11,14 @@ UNCUT = 2.1034
 
 
 def make_scores(layers=32, keep=None, **changes):
-    """What `downcycle score` could have found: layers without a score, a metric and a method that are refused, a method that is kept plain."""
+    """What `downcycle score` could have found: layers without a score, a refused metric and method, a method that is kept plain."""
     keep = DEPTHS[layers] if keep is None else keep
     chance, drop = random.Random(layers), layers - keep
     states = _states(layers, chance)
     influence = [1 - _cosine(states[i], states[i + 1]) for i in range(layers)]
     alone = [12 * value**1.8 + chance.uniform(-0.004, 0.01) for value in influence]
-    taylor = [None if i < min(4, layers // 4) or i >= layers - 2 else 3e4 * v * chance.uniform(0.5, 1.5) for i, v in enumerate(influence)]
-    magnitude = [8.2 + 0.03 * i + chance.uniform(-0.2, 0.2) for i in range(layers)]
+    taylor = [None if i < min(4, layers // 4) or i >= layers - 2 else 30 * v * chance.uniform(0.5, 1.5) for i, v in enumerate(influence)]
+    magnitude = [1.9e6 + 8e3 * i + chance.uniform(-5e4, 5e4) for i in range(layers)]
     triangle = tuple(
         tuple(math.acos(_cosine(states[i], states[i + n])) / math.pi for i in range(layers - n + 1)) for n in range(1, layers + 1)
     )
@@ -52,11 +52,11 @@ def make_scores(layers=32, keep=None, **changes):
         },
         "uncut": Loss(UNCUT, 0.0123),
         "importance": (
-            Importance("block influence", "1 − cosine", tuple(influence)),
-            Importance("angular distance", "angle / π, blocks of 1", triangle[0]),
-            Importance("leave one out", "nats per token", tuple(alone)),
-            Importance("magnitude", "root of the mean square weight", tuple(magnitude)),
-            Importance("taylor", "sum of |w · gradient|", tuple(taylor)),
+            Importance("block influence", "1 - cosine", tuple(influence)),
+            Importance("angular distance", "angle / pi", triangle[0]),
+            Importance("leave-one-out loss", "nats per token", tuple(alone)),
+            Importance("Taylor", "nats per token", tuple(taylor)),
+            Importance("magnitude", "sum of |w|", tuple(magnitude)),
         ),
         "angular": triangle,
         "choices": tuple(_choice(rule, layers, gone, influence, place) for place, (rule, gone) in enumerate(dropped.items())),

@@ -29,7 +29,7 @@ HELD_OUT, FEWEST = 4, 4
 POOL = 4  # of how many times the tokens that are needed the samples are drawn
 CHARACTERS = 4  # in a token, as a first guess; where there are more, the text is read again, further
 FURTHER = 8  # times as far
-DOCUMENTS = 16  # that are read at least, however long they are
+DOCUMENTS = 16  # that are read at least, however long they are, the longest not to their ends
 SHORTEST = 8  # tokens that are still worth a try
 Progress = Callable[[str, int, int], None]
 
@@ -106,9 +106,9 @@ def _limits(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
 def _read(tokenizer: Any, text: str | None, samples: int, length: int, progress: Progress) -> tuple[Documents, list[Passage]]:
     """Read and tokenize enough of a text, or all of it."""
     name = BUILT_IN_TRAINING if text is None else text
-    budget = POOL * CHARACTERS * length * _needed(samples)
+    budget = POOL * CHARACTERS * length * max(DOCUMENTS, _needed(samples))
     while True:
-        texts, all_read = _take(stream_documents(text, training=True, most=budget + 1), budget, min(DOCUMENTS, _needed(samples)), progress)
+        texts, all_read = _take(stream_documents(text, training=True, most=budget + 1), budget, progress)
         documents = as_documents(name, texts)
         most = _level([len(one) for one in texts], budget)
         passages = to_passages(tokenizer, [one[:most] for one in texts], _counted(progress, len(texts)))
@@ -119,7 +119,7 @@ def _read(tokenizer: Any, text: str | None, samples: int, length: int, progress:
         budget *= FURTHER
 
 
-def _take(found: Iterator[str], budget: int, documents: int, progress: Progress) -> tuple[list[str], bool]:
+def _take(found: Iterator[str], budget: int, progress: Progress) -> tuple[list[str], bool]:
     """Take documents, until they are so many and have so many characters; say whether that is all of them."""
     texts: list[str] = []
     size = 0
@@ -127,7 +127,7 @@ def _take(found: Iterator[str], budget: int, documents: int, progress: Progress)
         texts.append(one)
         size += len(one)
         progress("reading the text", len(texts), 0)
-        if size >= budget and len(texts) >= documents:
+        if size >= budget and len(texts) >= DOCUMENTS:
             return texts, False
     return texts, True
 

@@ -68,12 +68,12 @@ def load(
     Raises:
         DowncycleError: too large, without a tokenizer, or cannot be loaded so; says what would do.
     """
-    _check_how(checkpoint, how)
+    check_how(checkpoint, how)
     place = find_device(device)
     fits = check_memory(checkpoint, how, place, offload)
     fetch(checkpoint)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
-    options = _options(checkpoint, how, place, trust_remote_code)
+    options = load_options(checkpoint, how, place, trust_remote_code)
     if fits:
         options |= {"device_map": {"": place}} if place != "cpu" else {}
     elif place != "cpu" or not runs_from_file(checkpoint, how):
@@ -230,7 +230,8 @@ def held_as(loaded: Loaded) -> str:
     return next((short for short, name in DTYPES.items() if name == dtype), dtype)
 
 
-def _check_how(checkpoint: Checkpoint, how: str) -> None:
+def check_how(checkpoint: Checkpoint, how: str) -> None:
+    """Refuse a way of loading that this model, or this machine, has not."""
     check_load(how)
     if how != "stored" and (quantiser := _quantiser(checkpoint)):
         raise DowncycleError(f"--load {how}: the weights of {checkpoint.name} are packed by {quantiser} already; leave --load out")
@@ -249,8 +250,8 @@ def _quantiser(checkpoint: Checkpoint) -> str:
     return ""
 
 
-def _options(checkpoint: Checkpoint, how: str, device: str, trust_remote_code: bool) -> dict[str, Any]:
-    """Options of `from_pretrained`."""
+def load_options(checkpoint: Checkpoint, how: str, device: str, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that load a model so, onto a device of this kind."""
     import torch
     from transformers import BitsAndBytesConfig
 

@@ -61,7 +61,7 @@ def _rows(scores: Scores) -> Any:
     """The triangle as a masked array, a row for each length."""
     import numpy as np
 
-    rows = np.ma.masked_all((len(scores.angular), scores.layers))
+    rows = np.ma.array(np.zeros((len(scores.angular), scores.layers)), mask=True)
     for place, row in enumerate(scores.angular):
         rows[place, : len(row)] = row
     return rows

@@ -68,7 +68,7 @@ def _draw_row(axes: Axes, choice: Choice, columns: Columns, top: float) -> None:
     look: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.5, "linestyle": (0, (2, 2)), "alpha": 0.6, "fill": False}
     for layers, style in ((kept, {"facecolor": PALETTE[0], "linewidth": 0}), (dropped, look)):
         if layers:
-            axes.add_patch(PathPatch(_boxes(layers, gap, top), **style))
+            axes.add_patch(PathPatch(_boxes(layers, gap, top), clip_on=False, **style))
     if _inside(columns):
         for layer in range(columns.layers):
             there = layer in kept
@@ -103,6 +103,6 @@ def _write_row(figure: Figure, scores: Scores, choice: Choice, columns: Columns,
     """Name the rule and what its cut loses, and how much more than the whole model that is; the best one in bold."""
     lost = f"{choice.cut.loss:.3f}  {choice.cut.loss - scores.uncut.loss:+.3f}" + ("" if columns.wide else " nats")
     look: dict[str, Any] = {"weight": "bold"} if best else {}
-    write_on(figure, 0.02, top + 0.03, shorten(printable(choice.rule), 22), SMALL + 0.5, **look)
+    write_on(figure, 0.02, top + 0.04, shorten(printable(choice.rule), 22), SMALL + 0.5, **look)
     side = columns.left + columns.width + (BEHIND if columns.wide else 0)
-    write_on(figure, side, top + 0.035, lost, SMALL, ha="left" if columns.wide else "right", **look)
+    write_on(figure, side, top + 0.045, lost, SMALL, ha="left" if columns.wide else "right", **look)

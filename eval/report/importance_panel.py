@@ -7,7 +7,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from ...surgery.importance.scores import Importance, Scores
-from ...terminal import printable
+from ...terminal import printable, scale
 from .drawing import INK, PALETTE, SMALL, shorten, write_on
 from .layer_columns import BEHIND, HEAD, Columns, faint, layer_axes, number_layers, write_behind, write_head
 from .score_facts import least_important, scale_of
@@ -77,7 +77,14 @@ def _set_scale(axes: Axes, one: Importance) -> None:
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(FixedLocator([]))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks(ticks, [tick_words(tick) for tick in ticks])
+
+
+def tick_words(value: float) -> str:
+    """Write a number in six signs or so: 0.08, 1e-05, 1.95 M."""
+    if abs(value) < 1e4:
+        return f"{value:.4g}"
+    return ("-" if value < 0 else "") + scale(abs(value), ("", " k", " M", " G", " T"))
 
 
 def _powers(low: float, high: float) -> list[float]:

@@ -40,7 +40,7 @@ def draw_scores(scores: Scores, width: float = WIDE) -> Figure:
     for height in (*parts, *below):
         tops.append(top)
         top += height + GAP if height else 0.0
-    figure = new_sheet(width, top - GAP, f"Layers of {_name(scores)}: importance, choices, angular distances and losses")
+    figure = new_sheet(width, top - GAP, f"Layers of {scores_name(scores)}: importance, choices, angular distances and losses")
     for place, line in enumerate(heading):
         write_on(figure, 0, LINE * place, line, SMALL, alpha=0.9)
     if parts[0]:
@@ -54,12 +54,13 @@ def draw_scores(scores: Scores, width: float = WIDE) -> Figure:
     return figure
 
 
-def _name(scores: Scores) -> str:
+def scores_name(scores: Scores) -> str:
+    """Name the model, as short as can be."""
     return printable(PurePath(scores.model).name or scores.model)
 
 
 def _heading(scores: Scores, width: float) -> list[str]:
     """What was measured, on what, as lines."""
-    said = f"{_name(scores)}, {scores.layers} layers; {printable(setting_words(scores))}"
+    said = f"{scores_name(scores)}, {scores.layers} layers; {printable(setting_words(scores))}"
     length = int(width / 0.069)
     return textwrap.wrap(shorten(said, 3 * length), length, max_lines=3, placeholder="…")

@@ -101,10 +101,10 @@ def _dress(axes: Axes, scores: Scores) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Return round numbers between two positive ones, at least a fifth of the way apart on a log axis: powers of ten, or more of them."""
+    """Return round numbers between two positive ones, at most five: powers of ten, or where these are few, some between them."""
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
-        every = [factor * 10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for factor in factors]
-        ticks = [tick for tick in every if low <= tick <= high]
+        ticks = [factor * power for power in powers for factor in factors if low <= factor * power <= high]
         if len(ticks) > 2:
             break
     return ticks[:: max(1, -(-len(ticks) // 5))]

@@ -6,7 +6,6 @@ A way is how a rule's layers are used: `cut`, as they are, or the method that co
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -73,22 +72,27 @@ def won_back(choice: Choice, way: str, uncut: Loss) -> float | None:
 
 
 def asked_block(scores: Scores) -> Block | None:
-    """Return the block of as many layers as are to be dropped that turns states least and holds no protected layer, where one can.
+    """Return the block of as many layers as are to be dropped that turns states least: the one that the rule `angular` drops, if it chose.
 
-    None where no layer is to be dropped, or nothing was measured of such blocks.
+    Else the least of those without a protected layer, or of all; of equal ones the last. None where no layer is to be dropped, or nothing
+    was measured of such blocks.
     """
     length = scores.layers - scores.keep
     if not 1 <= length <= len(scores.angular):
         return None
     row = scores.angular[length - 1]
-    free = [i for i in range(len(row)) if not any(i <= layer < i + length for layer in scores.protect)] or list(range(len(row)))
-    return min((Block(i, length, row[i]) for i in free), key=lambda block: block.distance, default=None)
+    for choice in scores.choices:
+        dropped = sorted(set(range(scores.layers)) - set(choice.kept))
+        if choice.rule == "angular" and len(dropped) == length == dropped[-1] - dropped[0] + 1 and dropped[0] < len(row):
+            return Block(dropped[0], length, row[dropped[0]])
+    free = [i for i in range(len(row)) if not any(i <= layer < i + length for layer in scores.protect)] or range(len(row))
+    return min((Block(i, length, row[i]) for i in free), key=lambda block: (block.distance, -block.begin), default=None)
 
 
 def least_important(importance: Importance, count: int) -> list[int]:
-    """Return the layers that matter least, the least first; those without a score are not among them."""
-    known = [layer for layer, score in enumerate(importance.scores) if score is not None]
-    return sorted(known, key=lambda layer: (importance.scores[layer], layer))[:count]
+    """Return the layers that matter least, the least first, and of equal ones the last; those without a score are not among them."""
+    known = [(score, -layer) for layer, score in enumerate(importance.scores) if score is not None]
+    return [-layer for _, layer in sorted(known)[:count]]
 
 
 def scale_of(importance: Importance) -> tuple[str, float]:
@@ -118,13 +122,13 @@ def heights(importance: Importance) -> list[float | None]:
     return [None if score is None else (place(score) - low) / span for score in importance.scores]
 
 
-def cut_command(scores: Scores, choice: Choice, way: str = CUT) -> str:
-    """Return the command that makes a rule's child."""
+def cut_command(scores: Scores, choice: Choice, way: str = CUT) -> list[str]:
+    """Return the words of the command that makes a rule's child."""
     words = ["downcycle", "--src", scores.model, *(["--revision", scores.revision] if scores.revision else [])]
     words += ["--keep", str(scores.keep), "--select", choice.rule]
     if choice.rule not in RULES or way != CUT:
         words += ["--calibrate", str(scores.calibration.get("text", "TEXT"))]
-    return shlex.join(words + ([] if way == CUT else ["--compensate", way]))
+    return words + ([] if way == CUT else ["--compensate", way])
 
 
 def kept_words(choice: Choice) -> str:

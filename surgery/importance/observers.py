@@ -1,17 +1,20 @@
-"""What is measured of the hidden states while the whole model runs: block influence, and the states of last tokens."""
+"""What is measured while the whole model runs: block influence, the states of last tokens, the magnitude of weights."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .metrics import Influence, angular_triangle, last_tokens
+from .metrics import Influence, angular_triangle, last_tokens, magnitude
+from .paths import Observer
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
-class Influences:
+class Influences(Observer):
     """Block influence of each layer."""
 
     def __init__(self, depth: int):
@@ -34,7 +37,7 @@ class Influences:
         return [one.score if one.states else None for one in self.found]
 
 
-class LastTokens:
+class LastTokens(Observer):
     """The hidden states of each sample's last token at every depth."""
 
     def __init__(self, depth: int):
@@ -62,3 +65,23 @@ class LastTokens:
         for rows in self.rows[1:]:
             depths.append(torch.cat(rows) if rows else depths[-1])
         return angular_triangle(depths)
+
+
+class Magnitudes(Observer):
+    """The magnitude of each layer's weights; None where they are packed."""
+
+    def __init__(self, depth: int):
+        self.scores: list[float | None] = [None] * depth
+
+    def loaded(self, number: int, layer: nn.Module) -> None:
+        """Add up a layer's weights."""
+        with suppress(TypeError):
+            self.scores[number] = magnitude(layer.parameters())
+
+    def notes(self) -> Any:
+        """Return the sums so far."""
+        return self.scores
+
+    def recall(self, notes: Any) -> None:
+        """Go on from these sums."""
+        self.scores = notes

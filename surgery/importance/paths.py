@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DowncycleError
 from .calibration import Batch
@@ -16,6 +16,7 @@ from .states import States
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 Dropped = frozenset[int]  # a path: the layers that it leaves out
 WHOLE: Dropped = frozenset()
@@ -23,11 +24,14 @@ LOGITS = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes of float32 logits that are m
 Progress = Callable[[str, int, int], None]
 
 
-class Observer(Protocol):
-    """Something that looks at the hidden states of the whole model. Its notes are kept with each finished layer."""
+class Observer:
+    """Something that looks on as the whole model runs. What it notes is kept with each finished layer."""
+
+    def loaded(self, number: int, layer: nn.Module) -> None:
+        """Look at a layer, before anything goes through it."""
 
     def see(self, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Look at what enters a layer and what leaves it, [..., batch, tokens, width]."""
+        """Look at what enters a layer and what leaves it, of one batch, [..., batch, tokens, width]."""
 
     def notes(self) -> Any:
         """Return what was seen so far, in numbers, lists and tensors."""
@@ -97,6 +101,8 @@ def _run_layer(
     if not running:
         return
     layer = parts.layer(number)
+    for observer in observers:
+        observer.loaded(number, layer)
     for place, batch in enumerate(batches):
         ids = to_ids(batch, parts.device)
         for path in running:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..checkpoint import Checkpoint
 from ..errors import DowncycleError
 from ..layers import keep_layers
-from ..staging import replace_file
 from .paths import WHOLE, Dropped, SampleLoss
 
-Run = Callable[[Sequence[Dropped], str], dict[Dropped, list[SampleLoss]]]  # takes paths and what to call them; see `run_paths`
+Run = Callable[[Sequence[Dropped], str], Mapping[Dropped, float]]  # measures the losses of paths; is told what to call it
 
 
 @dataclass(frozen=True)
@@ -26,41 +23,38 @@ class Drop:
     loss: float
 
 
-def leave_one_out(layers: int, possible: Iterable[int], losses: dict[Dropped, list[SampleLoss]]) -> list[float | None]:
+def leave_one_out(layers: int, losses: Mapping[Dropped, float]) -> list[float | None]:
     """Return how much the loss grows without each layer, in nats per token: the first step of SLEB (arXiv 2402.09025, algorithm 1).
 
     Args:
-        losses: of the whole model, and of each without one of the possible layers.
+        losses: of the whole model, and of it without each layer that it can do without.
     """
-    whole, known = mean_loss(losses[WHOLE]), set(possible)
-    return [mean_loss(losses[frozenset({layer})]) - whole if layer in known else None for layer in range(layers)]
+    alone = [losses.get(frozenset({layer})) for layer in range(layers)]
+    return [None if loss is None else loss - losses[WHOLE] for loss in alone]
 
 
-def greedy(checkpoint: Checkpoint, drop: int, protected: Iterable[int], run: Run, notes: Path) -> list[Drop]:
+def greedy(checkpoint: Checkpoint, drop: int, protected: Iterable[int], run: Run, found: Sequence[Drop] = ()) -> list[Drop]:
     """Drop the layer without which the loss is least, score all others again, and so on (SLEB, arXiv 2402.09025, algorithm 1).
 
     Of equal losses the later layer goes. One pass over the weights for each dropped layer.
 
     Args:
-        run: measures a set of paths. notes: a file that remembers finished rounds.
+        run: measures a set of paths. found: what an earlier search dropped already.
     Raises:
         DowncycleError: no layer is left that can be dropped.
     """
-    found = _recall(notes)[:drop]
-    kept_back = set(protected)
-    while len(found) < drop:
-        gone = frozenset(one.layer for one in found)
+    drops, kept_back = list(found[:drop]), set(protected)
+    while len(drops) < drop:
+        gone = frozenset(one.layer for one in drops)
         able = can_drop(checkpoint, gone, (layer for layer in range(checkpoint.num_layers) if layer not in kept_back | gone))
         if not able:
             raise DowncycleError(
                 f"{checkpoint.name}: after {len(gone)} dropped layers none is left that may go; --protect fewer layers, or keep more"
             )
-        losses = run([gone | {layer} for layer in able], f"search, layer {len(found) + 1} of {drop}")
-        best = min(able, key=lambda layer: (mean_loss(losses[gone | {layer}]), -layer))
-        found.append(Drop(best, mean_loss(losses[gone | {best}])))
-        with suppress(OSError):
-            replace_file(notes, json.dumps([[one.layer, one.loss] for one in found]).encode())
-    return found
+        losses = run([gone | {layer} for layer in able], f"search: layer {len(drops) + 1} of {drop}")
+        best = min(able, key=lambda layer: (losses[gone | {layer}], -layer))
+        drops.append(Drop(best, losses[gone | {best}]))
+    return drops
 
 
 def can_drop(checkpoint: Checkpoint, gone: Dropped, layers: Iterable[int]) -> list[int]:
@@ -88,9 +82,3 @@ def count_work(depth: int, paths: Sequence[Dropped]) -> tuple[int, int]:
 def count_naive(depth: int, paths: Sequence[Dropped]) -> int:
     """Return how many layers are loaded and run where the whole model runs anew for each path."""
     return sum(depth - len(path) for path in paths)
-
-
-def _recall(notes: Path) -> list[Drop]:
-    with suppress(OSError, ValueError, TypeError):
-        return [Drop(int(layer), float(loss)) for layer, loss in json.loads(notes.read_text())]
-    return []

@@ -46,6 +46,12 @@ def add_tokenizer(folder: Path, kind: str = "bos") -> None:
 
 
 @pytest.fixture(scope="session")
+def put_tokenizer() -> Callable[..., None]:
+    """Put the built-in tokenizer into a folder: see `add_tokenizer`."""
+    return add_tokenizer
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Callable[..., Path]:
     """Make a folder with a tiny random model, once for each kind: a config's class and fields, and what its tokenizer adds."""
     made: dict[str, Path] = {}

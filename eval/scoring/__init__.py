@@ -1,0 +1,1 @@
+"""Score the layers of a model: what each rule would keep, and what that costs."""

@@ -1,0 +1,98 @@
+"""Compensate for what a cut drops, keep what was fitted, and see on held-out samples whether it helps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...surgery.checkpoint import Checkpoint
+from ...surgery.choose import format_layers
+from ...surgery.compensation.fold import METHODS, keep_compensated, open_fitted, save_fitted, with_fitted
+from ...surgery.compensation.refit import refit
+from ...surgery.compensation.scale import scale
+from ...surgery.errors import DowncycleError
+from ...surgery.importance.paths import Dropped
+from ...surgery.importance.scores import Loss
+from ...surgery.layers import keep_layers
+from ..content import cache_folder, content_digest
+from .measure import held_out_losses, run, to_loss
+from .study import Study
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a compensation. loss: None where it is refused, with why. file: of the fitted weights, in the cache."""
+
+    loss: Loss | None = None
+    refused: str = ""
+    file: str = ""
+    notes: tuple[str, ...] = ()
+
+    def worse_than(self, plain: Loss) -> str:
+        """Say why the plain weights are kept; nothing where the fitted ones lose less."""
+        if self.loss is None or self.loss.loss < plain.loss:
+            return ""
+        return f"loses {self.loss.loss:.4f} nats per token on held-out samples, and the plain cut {plain.loss:.4f}"
+
+
+def compensated(study: Study, path: Dropped, method: str) -> Outcome:
+    """Fit weights to make up for dropped layers, and measure the model that has them; recalled, where that was done before."""
+    place = ("compensated", method, format_layers(sorted(path)))
+    if (found := study.recall(*place)) and (not found["file"] or Path(found["file"]).is_file()):
+        return Outcome(**{**found, "loss": found["loss"] and Loss(**found["loss"]), "notes": tuple(found["notes"])})
+    try:
+        outcome = _fit(study, path, method)
+    except DowncycleError as error:
+        outcome = Outcome(refused=str(error))
+    study.keep(asdict(outcome), *place)
+    return outcome
+
+
+def _fit(study: Study, path: Dropped, method: str) -> Outcome:
+    file = cache_folder() / "fitted" / f"{study.content[:16]}-{study.key[:16]}" / f"{method}-{format_layers(sorted(path))}.safetensors"
+    states = study.states("fit", method, sorted(path))
+    fit = {"scale": scale, "refit": refit}[method]
+    fitted = fit(study.parts, study.fit, path, states, study.progress)
+    save_fitted(file, fitted.tensors)
+    states.clear()
+    parent = with_fitted(study.checkpoint, open_fitted(file))
+    found = run(replace(study, checkpoint=parent, content=content_digest(parent)), [path], f"measuring {method}")
+    return Outcome(to_loss(found[path]), file=str(file), notes=tuple(fitted.notes))
+
+
+def compensate(study: Study, kept: list[int], rule: str, method: str) -> tuple[Checkpoint, list[str]]:
+    """Return the child of these layers, compensated where that helps, and what is to be said of it.
+
+    Raises:
+        DowncycleError: the method cannot be used on this model.
+    """
+    path = frozenset(range(study.checkpoint.num_layers)) - frozenset(kept)
+    if not path:
+        return keep_layers(study.checkpoint, kept, rule), ["no layer is dropped, and so nothing is compensated for"]
+    outcome, plain = compensated(study, path, method), held_out_losses(study, [path])[path]
+    if outcome.loss is None:
+        raise DowncycleError(f"--compensate {method}: {outcome.refused}")
+    if why := outcome.worse_than(plain):
+        return keep_layers(study.checkpoint, kept, rule), [f"{method} {why}: the plain weights are kept"]
+    how = {"method": method, "calibration": calibration_facts(study), "loss": {"plain": plain.loss, method: outcome.loss.loss}}
+    child = keep_compensated(study.checkpoint, kept, rule, open_fitted(Path(outcome.file)), how)
+    return child, [f"{method}: {plain.loss:.3f} -> {outcome.loss.loss:.3f} nats per token on held-out samples", *outcome.notes]
+
+
+def calibration_facts(study: Study) -> dict[str, Any]:
+    """Return what makes the samples again."""
+    one = study.calibration
+    return {
+        "text": one.text,
+        "text_digest": one.text_digest,
+        "digest": one.digest,
+        "samples": one.samples,
+        "length": one.length,
+        "seed": one.seed,
+        "tokens": sum(len(sample.ids) for sample in one.fit),
+        "held_out_samples": len(one.held_out),
+        "held_out_tokens": sum(len(sample.ids) for sample in one.held_out),
+    }

@@ -1,0 +1,138 @@
+"""What a rule needs of a model's layers: hidden states, losses without layers, gradients, losses of cuts.
+
+Each function recalls what is known, and runs layers only for what is not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ...surgery.choose import format_layers, parse_layers
+from ...surgery.importance.gradients import taylor_scores
+from ...surgery.importance.observers import Influences, LastTokens, Magnitudes
+from ...surgery.importance.paths import WHOLE, Dropped, SampleLoss, run_paths
+from ...surgery.importance.scores import Loss
+from ...surgery.importance.search import Drop, can_drop, greedy, mean_loss
+from ..measure.perplexity import clustered_error
+from .study import Study
+
+HIDDEN, ALONE, TAYLOR = "hidden states", "leave one out", "taylor"
+FIT, HELD_OUT, SEARCH = "losses", "held-out losses", "search"
+
+
+def measure(study: Study, *wanted: str) -> dict[str, Any]:
+    """Return what is wanted of HIDDEN, ALONE and TAYLOR; what is missing is measured in as few passes over the weights as can be.
+
+    HIDDEN: a mapping with `bi` and `magnitude`, a score per layer, and `angular`, the triangle. ALONE: losses by path, of the whole model
+    and of it without each layer. TAYLOR: a score per layer.
+
+    Raises:
+        DowncycleError: what cannot be measured of this model.
+    """
+    known = {what: found for what in (HIDDEN, TAYLOR) if what in wanted and (found := study.recall(what)) is not None}
+    if ALONE in wanted:
+        paths = alone(study)
+        losses = {path: loss for path, loss in _recall_losses(study, FIT).items() if path in paths}
+        known |= {ALONE: losses} if len(losses) == len(paths) else {}
+    missing = set(wanted) - known.keys()
+    return known | (_forward(study, missing) if missing else {})
+
+
+def alone(study: Study) -> list[Dropped]:
+    """Return the paths of the whole model, and of it without each layer that it can do without."""
+    return [WHOLE, *(frozenset({layer}) for layer in can_drop(study.checkpoint, WHOLE, range(study.checkpoint.num_layers)))]
+
+
+def _forward(study: Study, missing: set[str]) -> dict[str, Any]:
+    """Run the whole model once, and it without each layer where that is missing; then go back, where gradients are."""
+    parts = study.parts
+    bi, last, magnitudes = Influences(parts.depth), LastTokens(parts.depth), Magnitudes(parts.depth)
+    states = study.states("forward", sorted(missing))
+    found = run_paths(
+        parts,
+        study.fit,
+        alone(study) if ALONE in missing else [WHOLE],
+        states,
+        observers=(bi, last, magnitudes),
+        keep_states=TAYLOR in missing,
+        what="scoring the layers",
+        progress=study.progress,
+    )
+    hidden = {"bi": bi.scores(), "angular": last.triangle(), "magnitude": magnitudes.scores}
+    known = {HIDDEN: study.keep(hidden, HIDDEN), ALONE: {path: mean_loss(losses) for path, losses in found.items()}}
+    _keep_losses(study, FIT, known[ALONE])
+    if TAYLOR in missing:
+        gradients = study.states("gradients")
+        known[TAYLOR] = study.keep(taylor_scores(parts, study.fit, states, gradients, study.progress), TAYLOR)
+        gradients.clear()
+    states.clear()
+    return known
+
+
+def search(study: Study, drop: int, protected: Sequence[int]) -> list[Drop]:
+    """Return the layers that a greedy search drops, in its order (see `search.greedy`)."""
+    place = (SEARCH, sorted(protected))
+    found = [Drop(**one) for one in study.recall(*place) or []]
+    if len(found) < drop:
+        found = greedy(study.checkpoint, drop, protected, lambda paths, what: fit_losses(study, paths, what), found)
+        study.keep([asdict(one) for one in found], *place)
+    return found[:drop]
+
+
+def fit_losses(study: Study, paths: Sequence[Dropped], what: str) -> dict[Dropped, float]:
+    """Return the losses of paths on the samples to fit on, in nats per token."""
+    known = _recall_losses(study, FIT)
+    if missing := [path for path in paths if path not in known]:
+        known |= {path: mean_loss(found) for path, found in run(study, missing, what, held_out=False).items()}
+        _keep_losses(study, FIT, known)
+    return {path: known[path] for path in paths}
+
+
+def held_out_losses(study: Study, paths: Iterable[Dropped]) -> dict[Dropped, Loss]:
+    """Return the losses of paths on the held-out samples."""
+    wanted = sorted(set(paths), key=sorted)
+    known = {_path(text): Loss(**loss) for text, loss in (study.recall(HELD_OUT) or {}).items()}
+    if missing := [path for path in wanted if path not in known]:
+        known |= {path: to_loss(found) for path, found in run(study, missing, "measuring the cuts").items()}
+        study.keep({_text(path): asdict(loss) for path, loss in known.items()}, HELD_OUT)
+    return {path: known[path] for path in wanted}
+
+
+def run(study: Study, parts: Parts, paths: Sequence[Dropped], what: str, held_out: bool = True) -> dict[Dropped, list[SampleLoss]]:
+    """Take the held-out samples, or those to fit on, through paths of a model."""
+    batches = study.held_out if held_out else study.fit
+    states = study.states("paths", parts.checkpoint.fingerprint, [_text(path) for path in paths], held_out)
+    found = run_paths(parts, batches, paths, states, what=what, progress=study.progress)
+    states.clear()
+    return found
+
+
+def to_loss(samples: Sequence[SampleLoss]) -> Loss:
+    """Return the mean loss per token, and its standard error clustered by document, or by sample where there is one document only."""
+    nats, tokens = defaultdict[int, float](float), Counter[int]()
+    several = len({one.document for one in samples}) > 1
+    for number, one in enumerate(samples):
+        cluster = one.document if several else number
+        nats[cluster] += one.nats
+        tokens[cluster] += one.tokens
+    mean = mean_loss(samples)
+    return Loss(mean, clustered_error(mean, list(nats.values()), list(tokens.values())) if len(nats) > 1 else 0.0)
+
+
+def _recall_losses(study: Study, what: str) -> dict[Dropped, float]:
+    return {_path(text): loss for text, loss in (study.recall(what) or {}).items()}
+
+
+def _keep_losses(study: Study, what: str, losses: Mapping[Dropped, float]) -> None:
+    study.keep({_text(path): loss for path, loss in (_recall_losses(study, what) | dict(losses)).items()}, what)
+
+
+def _text(path: Dropped) -> str:
+    return format_layers(sorted(path))
+
+
+def _path(text: str) -> Dropped:
+    return frozenset(parse_layers(text, 10**9)) if text else WHOLE

@@ -1,0 +1,112 @@
+"""A model, the samples that its layers are scored on, and where what is measured of them is kept. Measures nothing itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ...recipes.memory import format_gib, model_size, weight_bytes
+from ...surgery.checkpoint import Checkpoint
+from ...surgery.errors import DowncycleError
+from ...surgery.importance.calibration import Batch, Calibration, Sample, make_batches
+from ...surgery.importance.parts import Parts
+from ...surgery.importance.states import States
+from ...surgery.stack import split_layers
+from ..cache import keep, key_of, recall
+from ..content import cache_folder
+from ..machine import release_of
+from ..measure.loading import WORKING, fetch, load_options
+from ..measure.memory import free_memory
+
+TOKENS = {"cpu": 2048, "cuda": 16384}  # in a batch; more at once is no faster
+ENDS = {"fp32": 4, "bf16": 2, "int8": 2, "nf4": 2}  # bytes of a weight of the embeddings and the head
+RESIDENT = 0.5  # of the free memory: a model that takes no more stays loaded
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model on one calibration, loaded in one way on one device. content: the model's digest.
+
+    load: stored, bf16, fp32, int8 or nf4. device: as torch names it.
+    """
+
+    checkpoint: Checkpoint
+    content: str
+    calibration: Calibration
+    load: str = "stored"
+    device: str = "cpu"
+    progress: Progress = field(default=lambda what, done, total: None, compare=False)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The model, taken apart; its files are fetched first, where it lies on the Hub."""
+        return self.parts_of(self.checkpoint)
+
+    def parts_of(self, checkpoint: Checkpoint) -> Parts:
+        """Take apart this model, or one made of it, as this one is loaded."""
+        self.progress("fetching the model", 0, 0)
+        fetch(checkpoint)
+        resident = check_memory(checkpoint, self.load, self.device)
+        return Parts(checkpoint, device=self.device, resident=resident, **load_options(checkpoint, self.load, self.device))
+
+    @cached_property
+    def fit(self) -> list[Batch]:
+        """The samples to measure and fit on."""
+        return self._batches(self.calibration.fit)
+
+    @cached_property
+    def held_out(self) -> list[Batch]:
+        """The samples whose losses are reported."""
+        return self._batches(self.calibration.held_out)
+
+    def _batches(self, samples: Sequence[Sample]) -> list[Batch]:
+        return make_batches(samples, TOKENS[self.device.partition(":")[0]])
+
+    @cached_property
+    def key(self) -> str:
+        """All that decides what is measured, beside the model."""
+        releases = [release_of(name) for name in ("torch", "transformers", "bitsandbytes")]
+        return key_of("layers", self.calibration.digest, self.load, self.device.partition(":")[0], releases)
+
+    @property
+    def folder(self) -> Path:
+        """Where the states of a run stand, until it is done."""
+        return cache_folder() / "layers" / f"{self.content[:16]}-{self.key[:16]}"
+
+    def states(self, *what: object) -> States:
+        """Return the place of one pass's states."""
+        return States(self.folder / key_of(*what)[:16])
+
+    def recall(self, *what: object) -> Any:
+        """Return what was measured before; None where it was not."""
+        return recall(self.content, key_of(self.key, *what))
+
+    def keep(self, value: Any, *what: object) -> Any:
+        """Keep what was measured, and return it."""
+        keep(self.content, key_of(self.key, *what), value)
+        return value
+
+    def clear(self) -> None:
+        """Delete the states of finished runs."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_memory(checkpoint: Checkpoint, load: str, device: str) -> bool:
+    """Whether the whole model fits, so that layers can stay loaded; refuse one of which not even one layer does."""
+    size, rest = model_size(checkpoint), split_layers(checkpoint).rest.values()
+    whole = checkpoint.nbytes if load == "stored" else weight_bytes(size, load)
+    ends = sum(tensor.nbytes if load == "stored" else prod(tensor.shape) * ENDS[load] for tensor in rest)
+    largest = (whole - ends) * max(size.layer_elements) / sum(size.layer_elements)
+    needs, free = largest + ends + WORKING, free_memory(device)
+    if needs > free:
+        raise DowncycleError(
+            f"{checkpoint.name}: one layer as {load} takes {format_gib(largest)}, embeddings and head {format_gib(ends)}, "
+            f"{format_gib(needs)} with what is computed, and {device} has {format_gib(free)} free; use a machine with more memory"
+        )
+    return whole + WORKING <= RESIDENT * free

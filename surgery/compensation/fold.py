@@ -1,0 +1,80 @@
+"""Put fitted weights in the place of a parent's, and say in the child's lineage what was done. Fits nothing itself.
+
+Fitted tensors lie in a safetensors file, under the names that they have in the parent: they are byte ranges like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import Checkpoint, Tensor, read_header
+from ..errors import DowncycleError
+from ..layers import keep_layers
+from ..sources import LocalFolder
+
+if TYPE_CHECKING:
+    import torch
+
+
+METHODS = ("scale", "refit")
+COMPENSATION = "compensation"  # in downcycle.json
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Weights that a method fitted, by their names in the parent, in its dtypes; notes: what the user is told of them."""
+
+    tensors: Mapping[str, torch.Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def save_fitted(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write fitted tensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+    partial.replace(path)
+
+
+def open_fitted(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of such a file."""
+    return read_header(LocalFolder(path.parent, name=str(path.parent)), path.name)[0]
+
+
+def with_fitted(parent: Checkpoint, fitted: Mapping[str, Tensor]) -> Checkpoint:
+    """Return a parent whose tensors of these names are others.
+
+    Raises:
+        DowncycleError: one has another dtype or shape than the parent's.
+    """
+    for name, tensor in fitted.items():
+        known = parent.tensors.get(name)
+        if known is None or (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+            raise DowncycleError(f"{parent.name}: {name} was fitted for another model; delete the cache and fit it again")
+    return replace(parent, tensors={name: fitted.get(name, tensor) for name, tensor in parent.tensors.items()})
+
+
+def keep_compensated(parent: Checkpoint, layers: list[int], rule: str, fitted: Mapping[str, Tensor], how: Mapping[str, Any]) -> Checkpoint:
+    """Return the child of these layers with fitted tensors in it.
+
+    Args:
+        how: what was done, for downcycle.json: the method, and what it was fitted on.
+    """
+    plain = keep_layers(parent, layers, rule)
+    child = keep_layers(with_fitted(parent, fitted), layers, rule)
+    changed = {name: tensor for name, tensor in child.tensors.items() if tensor.data != plain.tensors[name].data}
+    digests = {name: _digest(tensor) for name, tensor in changed.items()}
+    return replace(child, lineage={**child.lineage, COMPENSATION: {**how, "tensors": digests}})
+
+
+def _digest(tensor: Tensor) -> str:
+    digest = sha256()
+    for piece in tensor.chunks():
+        digest.update(piece)
+    return digest.hexdigest()
