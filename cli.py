@@ -10,17 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from .eval import commands as eval_commands
+from .eval.scoring import commands as scoring
+from .eval.scoring.commands import SAMPLES, SEED, Calibrate, Length, Measuring, Protect, Samples, Seed, choose_child, rule_names
 from .recipes import commands as recipe_commands
 from .recipes.commands import RECIPE
-from .recipes.memory import format_gib, memory_table, model_size
 from .recipes.presets import PRESETS
 from .recipes.recipe import make_recipe
 from .recipes.recipe_text import recipe_text
 from .surgery.checkpoint import Checkpoint, open_checkpoint
-from .surgery.choose import RULES, choose, format_layers, parse_layers
-from .surgery.describe import describe
+from .surgery.choose import RULES, format_layers, parse_layers
 from .surgery.errors import DowncycleError
-from .surgery.layers import keep_layers
 from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
 from .surgery.staging import target_path
@@ -29,7 +28,6 @@ from .surgery.write import check_target, write
 from .terminal import (
     Json,
     Revision,
-    Src,
     Trust,
     format_bytes,
     layer_map,
@@ -63,7 +61,13 @@ def cut(
     src: Annotated[str | None, typer.Option(metavar="SRC", help="Parent: folder, Hub id, or 'demo', the built-in model.")] = None,
     keep: Annotated[str | None, typer.Option(metavar="N", help="How many decoder layers to keep.")] = None,
     layers: Annotated[str | None, typer.Option(metavar="LIST", help="Which layers to keep, like 0-19,28-31; may repeat.")] = None,
-    select: Annotated[str, typer.Option(metavar="RULE", help=f"How --keep chooses: {', '.join(RULES)}.")] = "first",
+    select: Annotated[str, typer.Option(metavar="RULE", help=f"How --keep chooses: {rule_names()}.")] = "first",
+    calibrate: Calibrate = None,
+    compensate: Annotated[str, typer.Option(metavar="none|scale|refit", help="Fold what is dropped into kept weights.")] = "none",
+    protect: Protect = None,
+    samples: Samples = SAMPLES,
+    length: Length = None,
+    seed: Seed = SEED,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Child folder [default: the parent's name, size replaced].")] = None,
     revision: Revision = None,
     recipe: Annotated[str, typer.Option(metavar="PRESET|none", help=f"Recipe that heals the child, as {RECIPE} in it.")] = "qlora",
@@ -90,21 +94,25 @@ def cut(
     if (keep is None) == (layers is None):
         raise typer.BadParameter("give either --keep N or --layers LIST", context)
     if layers is not None:
-        refuse_given(context, ["select"], "chooses for --keep; with --layers you choose")
+        refuse_given(context, ["select", "protect"], "chooses for --keep; with --layers you choose")
+    if compensate == "none" and (layers is not None or select in RULES):
+        refuse_given(context, ["calibrate", "protect", "samples", "length", "seed"], "is for rules that measure, and for --compensate")
     if recipe not in ("none", *PRESETS):
         raise DowncycleError(f"--recipe {recipe}: no such preset; choose one of {', '.join(PRESETS)}, or none")
     parent = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
     if layers is None:
-        kept = choose(parent.num_layers, parse_count(keep or "", "--keep"), select)
+        keep_what: int | list[int] = parse_count(keep or "", "--keep")
     else:
-        kept, select = parse_layers(layers, parent.num_layers), "layers"
-    child = keep_layers(parent, kept, select)
+        keep_what, select = parse_layers(layers, parent.num_layers), "layers"
+    measuring = Measuring(calibrate, samples, length, seed, protect, trust_remote_code=trust_remote_code)
+    child, notes = choose_child(parent, keep_what, select, compensate, measuring, as_json)
+    kept = child.lineage["layers"]
     target = child_name(parent, child) if out is None else out
     if recipe != "none":
         child = _add_recipe(context, child, target, recipe)
     child = _add_card(child, target)
     plan = plan_write(child, size := parse_count(max_shard_size, "--max-shard-size"))
-    summary = _summary(parent, child, kept, plan, target)
+    summary = _summary(parent, child, kept, plan, target, notes)
     try:
         check_target(target_path(target), plan, overwrite)
     except DowncycleError as error:
@@ -120,31 +128,6 @@ def cut(
         print_json(summary | {"written": not dry_run})
     elif not dry_run:
         typer.echo(target)
-
-
-@app.command()
-def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
-    """Show layers, parameters, bytes and dtypes of a checkpoint, from its headers alone."""
-    checkpoint = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
-    facts, memory = describe(checkpoint), memory_table(model_size(checkpoint))
-    if as_json:
-        print_json(facts | {"memory": memory})
-        return
-    sizes = facts["layer_elements"]
-    dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in facts["dtypes"].items())
-    rows = {
-        "model": " ".join(filter(None, [facts["name"], facts["revision"]])),
-        "family": f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})",
-        "layers": f"{facts['layers']} (0-{facts['layers'] - 1})" + "".join(f", {n} {kind}" for kind, n in facts["layer_kinds"].items()),
-        "each layer": " to ".join(f"{count:,}" for count in sorted({min(sizes), max(sizes)})) + " parameters",
-        "parameters": f"{facts['elements']:,}" + (f" (packed by {facts['quantization']})" if facts["quantization"] else ""),
-        "size": f"{format_bytes(facts['bytes'])} in {facts['tensors']:,} tensors",
-        "dtypes": dtypes,
-        **_memory_rows(memory),
-        "files": ", ".join(facts["files"]) or "none beside config and weights",
-    }
-    for title, text in rows.items():
-        typer.echo(f"{title:<11} {printable(text)}")
 
 
 @app.command()
@@ -198,25 +181,14 @@ def merge(
         typer.echo(out)
 
 
+app.command()(recipe_commands.inspect)
+app.command()(scoring.score)
 app.command()(recipe_commands.recipe)
 app.command()(recipe_commands.data)
 app.command("eval")(eval_commands.eval_models)
 app.command()(eval_commands.card)
 app.command()(eval_commands.push)
 app.command()(eval_commands.demo)
-
-
-def _memory_rows(memory: dict[str, Any]) -> dict[str, str]:
-    """What running and training take, as lines; nothing where it is not known."""
-    weights = [f"{dtype} {format_gib(count)}" for dtype, count in memory.get("weights", {}).items()]
-    cache = [f"{format_gib(count)} at {tokens:,} tokens" for tokens, count in memory["kv_cache"].items()]
-    training = [f"{method} {format_gib(count)}" for method, count in memory.get("training", {}).items()]
-    rows = {
-        "weights in": ", ".join(weights),
-        "KV cache": ", ".join(cache) and f"bf16, {', '.join(cache)}",
-        "to train": ", ".join(training) and f"{', '.join(training)} (about; 8,192 tokens at once, one GPU, LoRA of rank 128)",
-    }
-    return {title: text for title, text in rows.items() if text}
 
 
 def _add_recipe(context: typer.Context, child: Checkpoint, target: str, preset: str) -> Checkpoint:
@@ -262,7 +234,7 @@ def _fail(text: str, status: int) -> int:
     return status
 
 
-def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan, target: str) -> dict[str, Any]:
+def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan, target: str, notes: list[str]) -> dict[str, Any]:
     return {
         "parent": parent.name,
         "revision": parent.revision,
@@ -274,6 +246,7 @@ def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan,
         "files": sorted(plan.files),
         "bytes": {"read": plan.read_bytes, "write": plan.write_bytes, "download": plan.download_bytes},
         "obstacle": None,
+        "notes": notes,
     }
 
 
@@ -283,6 +256,7 @@ def _print_cut(parent: Checkpoint, kept: list[int], summary: dict[str, Any], dry
     lines = [
         f"{layer_map(parent.num_layers, kept, signs)}  keep {format_layers(kept)} of {parent.num_layers}",
         f"{before:,} parameters -> {after:,} ({after / before:.1%})",
+        *(printable(note) for note in summary["notes"]),
     ]
     if dry_run:
         download = f", download {format_bytes(size['download'])}" if size["download"] else ""

@@ -26,7 +26,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Show the whole path on the built-in model, on this CPU, in minutes: cut, heal with Axolotl, merge, compare."""
-    _hush()
+    hush()
     from .demo import loss_lines, run_demo
 
     with stage_bar(as_json) as say:
@@ -59,7 +59,7 @@ def eval_models(
     as_json: Json = False,
 ) -> None:
     """Measure models side by side: perplexity, benchmarks, speed and size. What was measured before is not measured again."""
-    _hush()
+    hush()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # not in `demo`: Axolotl would show no steps
     from .evaluate import evaluate
     from .report.page import check_folder, write_report
@@ -186,7 +186,7 @@ def _print_plan(plan: PushPlan, dry_run: bool) -> None:
         typer.echo(printable(line), err=not dry_run)
 
 
-def _hush() -> None:
+def hush() -> None:
     """Keep libraries from talking into the progress, and their threads, which spin while they wait, from taking the cores of others."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -9,17 +9,43 @@ from typing import Annotated, Any
 import typer
 
 from ..surgery.checkpoint import DEMO, DEMO_FOLDER, open_checkpoint
+from ..surgery.describe import describe
 from ..surgery.errors import DowncycleError
 from ..surgery.staging import replace_file
-from ..terminal import Json, parse_count, print_json, refuse_given, say_staging, stage_bar
+from ..terminal import Json, Revision, Src, Trust, format_bytes, parse_count, print_json, printable, refuse_given, say_staging, stage_bar
 from .dataset.source import FINEWEB, LLAMA
 from .machine import PARALLEL, Machine
+from .memory import format_gib, memory_table, model_size
 from .presets import PRESETS
 
 RECIPE = "axolotl.yaml"
 
 Gpus = Annotated[int | None, typer.Option(metavar="N", help="GPUs in each node; 0 is a CPU [default: as the preset was laid out].")]
 Arch = Annotated[str, typer.Option("--gpu-arch", metavar="SM", help="Compute capability of the GPUs: sm_75, sm_80, sm_90, ...")]
+
+
+def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = False, as_json: Json = False) -> None:
+    """Show layers, parameters, bytes and dtypes of a checkpoint, from its headers alone."""
+    checkpoint = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
+    facts, memory = describe(checkpoint), memory_table(model_size(checkpoint))
+    if as_json:
+        print_json(facts | {"memory": memory})
+        return
+    sizes = facts["layer_elements"]
+    dtypes = ", ".join(f"{dtype} {count:,}" for dtype, count in facts["dtypes"].items())
+    rows = {
+        "model": " ".join(filter(None, [facts["name"], facts["revision"]])),
+        "family": f"{facts['model_type']} ({', '.join(facts['architectures']) or 'no architecture named'})",
+        "layers": f"{facts['layers']} (0-{facts['layers'] - 1})" + "".join(f", {n} {kind}" for kind, n in facts["layer_kinds"].items()),
+        "each layer": " to ".join(f"{count:,}" for count in sorted({min(sizes), max(sizes)})) + " parameters",
+        "parameters": f"{facts['elements']:,}" + (f" (packed by {facts['quantization']})" if facts["quantization"] else ""),
+        "size": f"{format_bytes(facts['bytes'])} in {facts['tensors']:,} tensors",
+        "dtypes": dtypes,
+        **_memory_rows(memory),
+        "files": ", ".join(facts["files"]) or "none beside config and weights",
+    }
+    for title, text in rows.items():
+        typer.echo(f"{title:<11} {printable(text)}")
 
 
 def recipe(
@@ -181,3 +207,16 @@ def _write_recipe(path: Path, text: str, overwrite: bool) -> None:
         replace_file(path, text.encode())
     except OSError as error:
         raise DowncycleError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _memory_rows(memory: dict[str, Any]) -> dict[str, str]:
+    """What running and training take, as lines; nothing where it is not known."""
+    weights = [f"{dtype} {format_gib(count)}" for dtype, count in memory.get("weights", {}).items()]
+    cache = [f"{format_gib(count)} at {tokens:,} tokens" for tokens, count in memory["kv_cache"].items()]
+    training = [f"{method} {format_gib(count)}" for method, count in memory.get("training", {}).items()]
+    rows = {
+        "weights in": ", ".join(weights),
+        "KV cache": ", ".join(cache) and f"bf16, {', '.join(cache)}",
+        "to train": ", ".join(training) and f"{', '.join(training)} (about; 8,192 tokens at once, one GPU, LoRA of rank 128)",
+    }
+    return {title: text for title, text in rows.items() if text}

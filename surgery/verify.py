@@ -14,6 +14,7 @@ from typing import Any
 
 from .checkpoint import DEMO, Checkpoint, Span, Tensor, file_bytes, open_checkpoint
 from .choose import format_layers
+from .compensation.fold import fitted_digests, take_fitted
 from .errors import DowncycleError
 from .filenames import LEGAL, LINEAGE
 from .layers import keep_layers
@@ -62,8 +63,10 @@ def verify(
         raise DowncycleError(f"{folder} is not what {LINEAGE} says: {'; '.join(faults[:3])}{more}. {again} it again")
     lineage = expected.lineage
     layers = list(lineage.get("layers", ()))
+    fitted = fitted_digests(lineage)
     what = (
         f"layers {format_layers(layers)} of {lineage['parent']}"
+        + (f", {len(fitted)} tensors of them fitted, with the digests that {LINEAGE} states" if fitted else "")
         if layers
         else f"{lineage['parent']} with {lineage['adapter']} merged into it"
     )
@@ -78,7 +81,7 @@ def rebuild(
         raise DowncycleError(f"{made.name}: holds no {LINEAGE}; only a folder that downcycle wrote can be verified")
     if adapter is not None and made.lineage.get("operation") != MERGE:
         raise DowncycleError(f"--adapter {adapter}: {made.name} is a cut, and no adapter was merged into it; leave it out")
-    return _replay(made.lineage, made.name, src, adapter, trust_remote_code)
+    return take_fitted(_replay(made.lineage, made.name, src, adapter, trust_remote_code), made)
 
 
 def _replay(lineage: Any, name: str, src: str | Path | None, adapter: str | Path | None, trust_remote_code: bool) -> Checkpoint:
@@ -102,6 +105,8 @@ def _replay(lineage: Any, name: str, src: str | Path | None, adapter: str | Path
         fault = error
     if before and (parent is None or parent.lineage != before):  # it was never written, or is gone: it can be made as it was made
         with suppress(DowncycleError):
+            if fitted_digests(before):
+                raise DowncycleError(f"{parent_name}: holds weights that were fitted, and cannot be made again without it")
             made = _replay(before, name, src, None, trust_remote_code)
             parent = replace(made, name=parent_name) if made.fingerprint == fingerprint else parent
     if parent is None:

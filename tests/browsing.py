@@ -83,10 +83,3 @@ def blend(front, back, alpha):
 def contrast(front, back):
     dark, light = sorted((luminance(front), luminance(back)))
     return (light + 0.05) / (dark + 0.05)
-
-
-def check_contrasts(texts, on_colour=()):
-    """Every text differs from what lies behind it by 4.5 or more, those in a figure but for what stands on its own colours."""
-    for text in texts:
-        if not text["svg"] or text["front"] not in on_colour:
-            assert contrast(blend(text["front"], text["back"], text["alpha"]), text["back"]) >= 4.5, text

@@ -73,7 +73,7 @@ SPELLINGS: dict[str, Config] = {
 
 def oracle(parent: PreTrainedModel, kept: list[int]) -> Tensor:
     """Return the logits of the parent without its other layers."""
-    with _without_layers(parent, sorted(set(range(DEPTH)) - set(kept))):
+    with without_layers(parent, sorted(set(range(DEPTH)) - set(kept))):
         return logits(parent)
 
 
@@ -93,7 +93,7 @@ def _stacks(model: PreTrainedModel) -> list[nn.ModuleList]:
 
 
 @contextmanager
-def _without_layers(model: PreTrainedModel, dropped: list[int]) -> Iterator[None]:
+def without_layers(model: PreTrainedModel, dropped: list[int]) -> Iterator[None]:
     """Let these decoder layers pass their input on, or take them out where the model's own loop looks at the layers."""
     lists = _stacks(model)
     if model.config.model_type in DELETED:

@@ -63,7 +63,7 @@ def _draw_row(axes: Axes, choice: Choice, columns: Columns, top: float) -> None:
     from matplotlib.patches import PathPatch
 
     kept = sorted(set(choice.kept))
-    dropped = [layer for layer in range(columns.layers) if layer not in kept]
+    dropped = [layer for layer in range(columns.layers) if layer not in kept or layer == 0]
     gap = 0.02 / columns.cell if columns.cell > 0.08 else 0.0
     look: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.5, "linestyle": (0, (2, 2)), "alpha": 0.6, "fill": False}
     for layers, style in ((kept, {"facecolor": PALETTE[0], "linewidth": 0}), (dropped, look)):
@@ -104,5 +104,5 @@ def _write_row(figure: Figure, scores: Scores, choice: Choice, columns: Columns,
     lost = f"{choice.cut.loss:.3f}  {choice.cut.loss - scores.uncut.loss:+.3f}" + ("" if columns.wide else " nats")
     look: dict[str, Any] = {"weight": "bold"} if best else {}
     write_on(figure, 0.02, top + 0.04, shorten(printable(choice.rule), 22), SMALL + 0.5, **look)
-    side = columns.left + columns.width + (BEHIND if columns.wide else 0)
+    side = columns.left + columns.width + BEHIND if columns.wide else columns.end
     write_on(figure, side, top + 0.045, lost, SMALL, ha="left" if columns.wide else "right", **look)

@@ -65,7 +65,8 @@ def _set_scale(axes: Axes, one: Importance) -> None:
     if kind == "linear":
         span = high - low or abs(high) or 1.0
         axes.set_ylim(low - 0.12 * span, high + 0.12 * span)
-        ticks = [tick for tick in MaxNLocator(3).tick_values(low, high) if low - 0.1 * span <= tick <= high + 0.1 * span]
+        found = MaxNLocator(3).tick_values(low, high) if high > low else [low] * bool(high)
+        ticks = [tick for tick in found if low - 0.1 * span <= tick <= high + 0.1 * span]
     elif kind == "log":
         axes.set_yscale("log")
         axes.set_ylim(low / (high / low) ** 0.12, high * (high / low) ** 0.12)
@@ -99,11 +100,11 @@ def _write_words(figure: Figure, one: Importance, columns: Columns, top: float) 
     """Name the metric, its unit and the layers that matter least: beside the chart, or above a narrow one."""
     kind = {"linear": "", "log": "log axis", "symlog": "log axis, linear near 0"}[scale_of(one)[0]]
     title, unit = printable(one.metric), printable(one.unit)
-    least = ", ".join(map(str, least_important(one, LISTED)))
+    least = ", ".join(map(str, least_important(one, LISTED if columns.layers <= 100 else LISTED - 1)))
     small: dict[str, Any] = {"size": SMALL - 1, "alpha": 0.85}
     if not columns.wide:
         write_on(figure, 0.02, top - ABOVE + 0.01, shorten(title, 22), SMALL + 0.5)
-        write_on(figure, columns.left + columns.width, top - ABOVE + 0.02, f"least: {least}", ha="right", **small)
+        write_on(figure, columns.end, top - ABOVE + 0.02, f"least: {least}", ha="right", **small)
         write_on(figure, 0.02, top - ABOVE + 0.18, shorten(", ".join(filter(None, [unit, kind])), 56), **small)
         return
     write_on(figure, 0.02, top + 0.02, shorten(title, 21), SMALL + 0.5)

@@ -32,6 +32,11 @@ class Columns:
         """Of all columns together."""
         return self.cell * self.layers
 
+    @property
+    def end(self) -> float:
+        """Where words end, on a narrow sheet."""
+        return self.left + self.width + self.right - 0.04
+
 
 def columns_of(layers: int, width: float) -> Columns:
     """Put layers on a sheet of a width: between two margins for words, or on a narrow one below words."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GAP = 0.24  # inches: between two parts, one below the other
 TRIANGLE, BETWEEN = 4.05, 0.4  # inches: the triangle's share of a wide sheet, and what of that is left free
-LINE = 0.17  # inches: a line of the heading
+TOP, LINE = 0.05, 0.17  # inches: above the heading, a line of it
 
 
 @plain_style()
@@ -36,13 +36,14 @@ def draw_scores(scores: Scores, width: float = WIDE) -> Figure:
     parts = [importance_height(scores, columns), map_height(scores, columns) if scores.choices else 0.0]
     last = [triangle_height(scores, split - BETWEEN if beside else width), losses_height(scores) if scores.choices else 0.0]
     below = [max(last)] if beside else last
-    tops, top = [], LINE * len(heading) + 0.16
+    tops, top = [], TOP + LINE * len(heading) + 0.16
     for height in (*parts, *below):
         tops.append(top)
         top += height + GAP if height else 0.0
-    figure = new_sheet(width, top - GAP, f"Layers of {scores_name(scores)}: importance, choices, angular distances and losses")
+    used = top - (GAP if any((*parts, *below)) else 0)
+    figure = new_sheet(width, used, f"Layers of {scores_name(scores)}: importance, choices, angular distances and losses")
     for place, line in enumerate(heading):
-        write_on(figure, 0, LINE * place, line, SMALL, alpha=0.9)
+        write_on(figure, 0, TOP + LINE * place, line, SMALL, alpha=0.9)
     if parts[0]:
         draw_importance(figure, scores, columns, tops[0])
     if parts[1]:

@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from ...surgery.checkpoint import DEMO
 from ...surgery.choose import RULES, format_layers
 from ...surgery.errors import DowncycleError
 from ...surgery.importance.scores import Choice, Importance, Loss, Scores
+from ..measure.calibration import LENGTH, SAMPLES, SEED
+from ..measure.text import BUILT_IN_TRAINING
 
 CUT = "cut"
 SPANS = 30.0  # a largest value that is so many times the smallest is shown on a log scale
@@ -123,12 +126,21 @@ def heights(importance: Importance) -> list[float | None]:
 
 
 def cut_command(scores: Scores, choice: Choice, way: str = CUT) -> list[str]:
-    """Return the words of the command that makes a rule's child."""
+    """Return the words of the command that makes a rule's child, on the samples that were measured on."""
     words = ["downcycle", "--src", scores.model, *(["--revision", scores.revision] if scores.revision else [])]
     words += ["--keep", str(scores.keep), "--select", choice.rule]
-    if choice.rule not in RULES or way != CUT:
-        words += ["--calibrate", str(scores.calibration.get("text", "TEXT"))]
+    if (measured := choice.rule not in RULES) or way != CUT:
+        words += _calibration_words(scores.calibration)
+    words += ["--protect", format_layers(list(scores.protect))] if measured and scores.protect else []
     return words + ([] if way == CUT else ["--compensate", way])
+
+
+def _calibration_words(calibration: Mapping[str, Any]) -> list[str]:
+    text = calibration.get("text", "TEXT")
+    words = ["--calibrate", DEMO if text == BUILT_IN_TRAINING else str(text)]
+    for name, default in (("samples", SAMPLES), ("length", LENGTH), ("seed", SEED)):
+        words += [f"--{name}", str(calibration[name])] if calibration.get(name, default) != default else []
+    return words
 
 
 def kept_words(choice: Choice) -> str:
@@ -140,7 +152,12 @@ def setting_words(scores: Scores) -> str:
     """Say on what was measured, and how."""
     samples, length, text = (scores.calibration.get(name) for name in ("samples", "length", "text"))
     said = f"{text}, {samples:,} samples of {length:,} tokens" if samples and length else f"{text or ''}"
-    return f"{said}; {scores.load} on {scores.device}"
+    return f"{said}; {load_words(scores)}"
+
+
+def load_words(scores: Scores) -> str:
+    """Say in which dtype and on which device the model was run."""
+    return f"weights {'as stored' if scores.load == 'stored' else f'in {scores.load}'}, on {scores.device}"
 
 
 def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:

@@ -7,9 +7,21 @@ from collections.abc import Sequence
 
 from ...surgery.choose import format_layers
 from ...surgery.importance.scores import Choice, Loss, Scores, Work
+from ...terminal import printable
 from .markup import NONE, html_table, plain, remark, small, term_list
 from .numbers import write_share
-from .score_facts import asked_block, best_choice, best_way, cut_command, kept_words, least_important, losses_of, ways_of, won_back
+from .score_facts import (
+    asked_block,
+    best_choice,
+    best_way,
+    cut_command,
+    kept_words,
+    least_important,
+    load_words,
+    losses_of,
+    ways_of,
+    won_back,
+)
 
 
 def choices_table(scores: Scores) -> str:
@@ -46,7 +58,7 @@ def command_line(words: Sequence[str]) -> str:
 
 def importance_table(scores: Scores) -> str:
     """A row for each layer: its score by each metric, and the distance over the block of the asked length that begins at it."""
-    columns = [f"{plain(one.metric)}{small(one.unit)}" for one in scores.importance]
+    columns = [f"{plain(one.metric)}{small(printable(one.unit))}" for one in scores.importance]
     drop = scores.layers - scores.keep
     least = [set(least_important(one, drop)) for one in scores.importance]
     scored = list(zip(scores.importance, least, strict=True))
@@ -85,7 +97,7 @@ def refused_terms(scores: Scores) -> str:
 def measured_terms(scores: Scores) -> str:
     """What was measured on what, how and with what, as a list of terms."""
     revision = f" at {scores.revision}" if scores.revision else ""
-    model = f"{scores.model}{revision}; {scores.layers} layers; loaded in {scores.load} on {scores.device}"
+    model = f"{scores.model}{revision}; {scores.layers} layers; {load_words(scores)}"
     names = {"text": "Text", "text_digest": "SHA-256 of its documents", "digest": "SHA-256 of the tokens"}
     calibration = [(names.get(name, name.replace("_", " ").capitalize()), _written(value)) for name, value in scores.calibration.items()]
     return term_list([

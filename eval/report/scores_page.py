@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import partial
-from html import escape
 from pathlib import Path
 
 from ...surgery.importance.scores import Scores, scores_json
 from .drawing import WIDE, save_png
 from .layer_scores import draw_scores, scores_name
-from .markup import fill_page, section
+from .markup import fill_page, plain, section
 from .page import REPORT, figure_twice, put_files
 from .score_facts import best_choice, best_way, check_finite_scores, cut_command, losses_of, won_back
 from .score_sections import choices_table, command_line, commands_list, importance_table, measured_terms, refused_terms, work_table
@@ -37,7 +36,7 @@ def write_scores_report(scores: Scores, folder: Path) -> Path:
 
 def scores_page(scores: Scores) -> str:
     """Return the page as HTML."""
-    lead = "".join(f"<p>{escape(line)}</p>\n" for line in summarise_scores(scores))
+    lead = "".join(f"<p>{plain(line)}</p>\n" for line in summarise_scores(scores))
     best = best_choice(scores)
     command = command_line(cut_command(scores, best, best_way(best))) if best else ""
     return fill_page(f"Layers of {scores_name(scores)}", lead + command, list(_sections(scores)))

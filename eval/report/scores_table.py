@@ -46,7 +46,7 @@ def map_lines(scores: Scores, width: int, unicode: bool = True) -> Iterator[list
         places = (" " if height is None else levels[round(height * (len(levels) - 1))] for height in heights(one))
         rows.append((one.metric, "".join(places)))
     titles = [_short(title) for title, _ in rows]
-    gutter = max([len(title) for title in titles], default=0) + 2
+    gutter = max(map(len, ["layer", *titles])) + 2
     parts = -(-scores.layers // max(10, width - gutter))
     across = -(-scores.layers // parts)
     across = -(-across // 10) * 10 if parts > 1 and gutter + -(-across // 10) * 10 <= width else across

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...surgery.checkpoint import Checkpoint
 from ...surgery.choose import format_layers
-from ...surgery.compensation.fold import METHODS, keep_compensated, open_fitted, save_fitted, with_fitted
-from ...surgery.compensation.refit import refit
-from ...surgery.compensation.scale import scale
+from ...surgery.compensation.fold import Fitted, keep_compensated, open_fitted, save_fitted, with_fitted
 from ...surgery.errors import DowncycleError
 from ...surgery.importance.paths import Dropped
 from ...surgery.importance.scores import Loss
 from ...surgery.layers import keep_layers
 from ..content import cache_folder, content_digest
-from .measure import held_out_losses, run, to_loss
+from .measure import HIDDEN, held_out_losses, measure, run, to_loss
 from .study import Study
 
 
@@ -53,14 +49,24 @@ def compensated(study: Study, path: Dropped, method: str) -> Outcome:
 
 def _fit(study: Study, path: Dropped, method: str) -> Outcome:
     file = cache_folder() / "fitted" / f"{study.content[:16]}-{study.key[:16]}" / f"{method}-{format_layers(sorted(path))}.safetensors"
-    states = study.states("fit", method, sorted(path))
-    fit = {"scale": scale, "refit": refit}[method]
-    fitted = fit(study.parts, study.fit, path, states, study.progress)
+    fitted = _fitted(study, path, method)
     save_fitted(file, fitted.tensors)
-    states.clear()
     parent = with_fitted(study.checkpoint, open_fitted(file))
     found = run(replace(study, checkpoint=parent, content=content_digest(parent)), [path], f"measuring {method}")
     return Outcome(to_loss(found[path]), file=str(file), notes=tuple(fitted.notes))
+
+
+def _fitted(study: Study, path: Dropped, method: str) -> Fitted:
+    if method == "scale":
+        from ...surgery.compensation.scale import scale
+
+        return scale(study.parts, path, measure(study, HIDDEN)[HIDDEN]["ratios"])
+    from ...surgery.compensation.refit import refit
+
+    states = study.states("fit", sorted(path))
+    fitted = refit(study.parts, study.fit, path, states, study.progress)
+    states.clear()
+    return fitted
 
 
 def compensate(study: Study, kept: list[int], rule: str, method: str) -> tuple[Checkpoint, list[str]]:
@@ -77,7 +83,7 @@ def compensate(study: Study, kept: list[int], rule: str, method: str) -> tuple[C
         raise DowncycleError(f"--compensate {method}: {outcome.refused}")
     if why := outcome.worse_than(plain):
         return keep_layers(study.checkpoint, kept, rule), [f"{method} {why}: the plain weights are kept"]
-    how = {"method": method, "calibration": calibration_facts(study), "loss": {"plain": plain.loss, method: outcome.loss.loss}}
+    how = {"method": method, "loss": {"plain": plain.loss, method: outcome.loss.loss}}
     child = keep_compensated(study.checkpoint, kept, rule, open_fitted(Path(outcome.file)), how)
     return child, [f"{method}: {plain.loss:.3f} -> {outcome.loss.loss:.3f} nats per token on held-out samples", *outcome.notes]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...surgery.choose import format_layers, parse_layers
 from ...surgery.importance.gradients import taylor_scores
-from ...surgery.importance.observers import Influences, LastTokens, Magnitudes
+from ...surgery.importance.observers import ChannelMagnitudes, Influences, LastTokens, Magnitudes
 from ...surgery.importance.paths import WHOLE, Dropped, SampleLoss, run_paths
 from ...surgery.importance.scores import Loss
 from ...surgery.importance.search import Drop, can_drop, greedy, mean_loss
@@ -26,7 +26,8 @@ FIT, HELD_OUT, SEARCH = "losses", "held-out losses", "search"
 def measure(study: Study, *wanted: str) -> dict[str, Any]:
     """Return what is wanted of HIDDEN, ALONE and TAYLOR; what is missing is measured in as few passes over the weights as can be.
 
-    HIDDEN: a mapping with `bi` and `magnitude`, a score per layer, and `angular`, the triangle. ALONE: losses by path, of the whole model
+    HIDDEN: a mapping with `bi` and `magnitude`, a score per layer, `angular`, the triangle, and `ratios`, by how much hidden states grow
+    between any two depths. ALONE: losses by path, of the whole model
     and of it without each layer. TAYLOR: a score per layer.
 
     Raises:
@@ -50,18 +51,19 @@ def _forward(study: Study, missing: set[str]) -> dict[str, Any]:
     """Run the whole model once, and it without each layer where that is missing; then go back, where gradients are."""
     parts = study.parts
     bi, last, magnitudes = Influences(parts.depth), LastTokens(parts.depth), Magnitudes(parts.depth)
+    channels = ChannelMagnitudes(parts.depth)
     states = study.states("forward", sorted(missing))
     found = run_paths(
         parts,
         study.fit,
         alone(study) if ALONE in missing else [WHOLE],
         states,
-        observers=(bi, last, magnitudes),
+        observers=(bi, last, magnitudes, channels),
         keep_states=TAYLOR in missing,
         what="scoring the layers",
         progress=study.progress,
     )
-    hidden = {"bi": bi.scores(), "angular": last.triangle(), "magnitude": magnitudes.scores}
+    hidden = {"bi": bi.scores(), "angular": last.triangle(), "magnitude": magnitudes.scores, "ratios": channels.ratios()}
     known = {HIDDEN: study.keep(hidden, HIDDEN), ALONE: {path: mean_loss(losses) for path, losses in found.items()}}
     _keep_losses(study, FIT, known[ALONE])
     if TAYLOR in missing:
@@ -101,11 +103,11 @@ def held_out_losses(study: Study, paths: Iterable[Dropped]) -> dict[Dropped, Los
     return {path: known[path] for path in wanted}
 
 
-def run(study: Study, parts: Parts, paths: Sequence[Dropped], what: str, held_out: bool = True) -> dict[Dropped, list[SampleLoss]]:
-    """Take the held-out samples, or those to fit on, through paths of a model."""
+def run(study: Study, paths: Sequence[Dropped], what: str, held_out: bool = True) -> dict[Dropped, list[SampleLoss]]:
+    """Take the held-out samples, or those to fit on, through paths of the model."""
+    states = study.states("paths", study.content, [_text(path) for path in paths], held_out)
     batches = study.held_out if held_out else study.fit
-    states = study.states("paths", parts.checkpoint.fingerprint, [_text(path) for path in paths], held_out)
-    found = run_paths(parts, batches, paths, states, what=what, progress=study.progress)
+    found = run_paths(study.parts, batches, paths, states, what=what, progress=study.progress)
     states.clear()
     return found
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 METHODS = ("scale", "refit")
-COMPENSATION = "compensation"  # in downcycle.json
+COMPENSATION, CALIBRATION = "compensation", "calibration"  # in downcycle.json
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,23 @@ def keep_compensated(parent: Checkpoint, layers: list[int], rule: str, fitted: M
     changed = {name: tensor for name, tensor in child.tensors.items() if tensor.data != plain.tensors[name].data}
     digests = {name: _digest(tensor) for name, tensor in changed.items()}
     return replace(child, lineage={**child.lineage, COMPENSATION: {**how, "tensors": digests}})
+
+
+def fitted_digests(lineage: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 of each fitted tensor, by its name in the child, as downcycle.json says; nothing where none was fitted."""
+    how = lineage.get(COMPENSATION)
+    digests = how.get("tensors") if isinstance(how, Mapping) else None
+    return {str(name): str(digest) for name, digest in digests.items()} if isinstance(digests, Mapping) else {}
+
+
+def take_fitted(expected: Checkpoint, found: Checkpoint) -> Checkpoint:
+    """Return what a child must be: of its fitted tensors those that are found, where they have the digests that were noted."""
+    digests = fitted_digests(found.lineage)
+    fitted = {name: found.tensors[name] for name, digest in digests.items() if name in found.tensors}
+    right = {name: tensor for name, tensor in fitted.items() if name in expected.tensors and _digest(tensor) == digests[name]}
+    lineage = {name: found.lineage[name] for name in (COMPENSATION, CALIBRATION) if name in found.lineage}
+    tensors = {name: right.get(name, tensor) for name, tensor in expected.tensors.items()}
+    return replace(expected, tensors=tensors, lineage={**expected.lineage, **lineage})
 
 
 def _digest(tensor: Tensor) -> str:

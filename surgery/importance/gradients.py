@@ -5,7 +5,7 @@ Needs the whole model's states at each depth, as `run_paths` keeps them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DowncycleError
@@ -65,7 +65,7 @@ def _layer_score(parts: Parts, number: int, batches: Sequence[Batch], states: St
     import torch
 
     layer = parts.layer(number)
-    weights = [weight for weight in _differentiable(parts, number, layer) if metrics.counts(weight)]
+    weights = _differentiable(parts, number, layer)
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     depth = parts.depth - number
     for place, batch in enumerate(batches):
@@ -86,13 +86,14 @@ def _layer_score(parts: Parts, number: int, batches: Sequence[Batch], states: St
     return metrics.taylor(zip(weights, sums, strict=True))
 
 
-def _differentiable(parts: Parts, number: int, layer: nn.Module) -> Iterator[torch.Tensor]:
+def _differentiable(parts: Parts, number: int, layer: nn.Module) -> list[torch.Tensor]:
+    """Return the weights that count, each of which notes its gradient from now on."""
     for name, weight in layer.named_parameters():
         if not weight.is_floating_point() or weight.element_size() < 2 or hasattr(weight, "quant_state"):
             raise DowncycleError(
                 f"{parts.checkpoint.name}: layer {number}'s {name} is packed ({weight.dtype}), and has no gradient; choose by another rule"
             )
-        yield weight.requires_grad_(True)
+    return [weight.requires_grad_(True) for weight in layer.parameters() if metrics.counts(weight)]
 
 
 def _go_back(after: State | None, behind: State | None) -> None:

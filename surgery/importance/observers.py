@@ -67,6 +67,46 @@ class LastTokens(Observer):
         return angular_triangle(depths)
 
 
+class ChannelMagnitudes(Observer):
+    """How large each channel of the hidden states is at every depth: the sum of |h_c| over all tokens."""
+
+    def __init__(self, depth: int):
+        self.sums: list[torch.Tensor | None] = [None] * (depth + 1)  # [width] float64 each
+
+    def see(self, number: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add a batch."""
+        if number == 0:
+            self._add(0, before)
+        self._add(number + 1, after)
+
+    def notes(self) -> Any:
+        """Return the sums so far."""
+        return self.sums
+
+    def recall(self, notes: Any) -> None:
+        """Go on from these sums."""
+        self.sums = notes
+
+    def ratios(self) -> list[list[float]]:
+        """Return how much hidden states grow between any two depths (Prune&Comp, arXiv 2507.18212): [i][j] is the mean over channels of
+        E|h_j,c| / E|h_i,c|. Channels that are zero at depth i are left out; behind a layer that was not run stands what stood before it.
+        """
+        import torch
+
+        depths: list[torch.Tensor] = []
+        for sums in self.sums:
+            depths.append(depths[-1] if sums is None else sums)
+        sizes = torch.stack(depths)  # [depths, channels]
+        return [(sizes[:, one > 0] / one[one > 0]).mean(1).tolist() for one in sizes]
+
+    def _add(self, depth: int, state: torch.Tensor) -> None:
+        import torch
+
+        sums = state.detach().abs().flatten(0, -2).sum(0, dtype=torch.float64).cpu()
+        known = self.sums[depth]
+        self.sums[depth] = sums if known is None else known + sums
+
+
 class Magnitudes(Observer):
     """The magnitude of each layer's weights; None where they are packed."""
 

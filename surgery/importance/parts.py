@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-RESCALED = ("rwkv",)  # families whose model changes its layers as it runs them
+ALTOGETHER = {  # families whose layers cannot be run one by one, and why
+    "reformer": "its layers hand on two streams of hidden states",
+    "rwkv": "its layers change as the model goes through them",
+}
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,13 @@ class Parts:
             mappings[name][0].update(values)
         returned = layer(*args, **kwargs)
         self.forwards += 1
-        self._shape = (type(returned).__name__, len(returned)) if isinstance(returned, tuple | list) else ("Tensor", 1)
+        self._shape = _shape_of(returned)
         shared = {name: {key: value[key] for key in value if key not in own} for name, (value, own) in mappings.items()}
         after = State(returned, {name: values for name, values in shared.items() if values})
         if not bool(torch.isfinite(after.hidden).all()):
-            raise DowncycleError(f"{self.checkpoint.name}: the output of layer {number} is not finite{why_not_finite(layer)}")
+            entered = bool(torch.isfinite(_hidden_of_call(args, kwargs)).all())
+            what, part = (f"layer {number}", layer) if entered else ("the embeddings", self.frame)
+            raise DowncycleError(f"{self.checkpoint.name}: the output of {what} is not finite{why_not_finite(part)}")
         return after
 
     def entering(self, number: int, ids: torch.Tensor, state: State | None) -> torch.Tensor | None:
@@ -134,9 +139,8 @@ class Parts:
         """Return the logits [batch, columns, vocabulary] after the last layer, of all tokens or of these columns of them."""
         self._stand_in(self.depth, state)
         if columns is None or "logits_to_keep" in signature(self.frame.forward).parameters:
-            kept = {} if columns is None else {"logits_to_keep": columns}
-            return self.frame(input_ids=ids, use_cache=False, **kept).logits
-        return self.frame(input_ids=ids, use_cache=False).logits[:, columns]
+            return self._forward(ids, **({} if columns is None else {"logits_to_keep": columns})).logits
+        return self._forward(ids).logits[:, columns]
 
     @property
     def frame(self) -> Any:
@@ -150,11 +154,18 @@ class Parts:
         """Give the frame's memory back; it is loaded again when it is needed."""
         self._frame = None
 
+    def _forward(self, ids: torch.Tensor, **options: Any) -> Any:
+        try:
+            return self.frame(input_ids=ids, use_cache=False, **options)
+        except (TypeError, ValueError, KeyError) as error:
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DowncycleError(f"{self.checkpoint.name}: does not run on text alone: {said}") from error
+
     def _run_to(self, number: int, ids: torch.Tensor, state: State | None) -> tuple[Any, Any] | None:
         """Return the arguments that the model gives to a layer; None where it does not call it."""
         self._stand_in(number, state)
         try:
-            self.frame(input_ids=ids, use_cache=False)
+            self._forward(ids)
         except _Reached as reached:
             if reached.number == number:
                 return reached.args_given, reached.kwargs_given
@@ -163,21 +174,22 @@ class Parts:
     def _stand_in(self, number: int, state: State | None) -> None:
         """Let the layers before `number` give a state, or, where there is none yet, what enters them; let the others end the forward."""
 
-        def before(*args: Any, **kwargs: Any) -> Any:
-            return self._as_returned(_hidden_of_call(args, kwargs)) if state is None else state.returned
+        def before(place: int, *args: Any, **kwargs: Any) -> Any:
+            return self._pass_on(place, args, kwargs) if state is None else state.returned
 
-        def from_here(place: int) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                raise _Reached(place, args, kwargs)
-
-            return forward
+        def from_here(place: int, *args: Any, **kwargs: Any) -> Any:
+            raise _Reached(place, args, kwargs)
 
         for place, layer in enumerate(self.frame.stand_ins):
-            layer.forward = before if place < number else from_here(place)
+            layer.forward = partial(before if place < number else from_here, place)
 
-    def _as_returned(self, hidden: torch.Tensor) -> Any:
-        """Put hidden states into what a layer returns."""
-        kind, length = self._shape or ("Tensor", 1)
+    def _pass_on(self, number: int, args: Any, kwargs: Any) -> Any:
+        """Put the hidden states that enter a layer into what it would return; how that looks is learnt by running it, once."""
+        if self._shape is None:
+            copies = {name: dict(value) if isinstance(value, MutableMapping) else value for name, value in kwargs.items()}
+            self._shape = _shape_of(self.layer(number)(*args, **copies))
+        hidden = _hidden_of_call(args, kwargs)
+        kind, length = self._shape
         values = [hidden, *[None] * (length - 1)]
         return {"tuple": tuple(values), "list": values}.get(kind, hidden)
 
@@ -191,11 +203,20 @@ class Parts:
 
     def _load(self, number: int | None, tensors: dict[str, Tensor]) -> Any:
         """Load the frame (None) or the part that holds one layer."""
+        import torch
+
         part = _frame_class(self._class, self.depth) if number is None else _layer_class(self._class, self.depth, number)
-        model = from_tensors(part, self._config, tensors, self.checkpoint.name, **self.options)
+        try:
+            with torch.inference_mode(False):  # weights that are made within it have no gradients, ever
+                model = from_tensors(part, self._config, tensors, self.checkpoint.name, **self.options)
+        except (OSError, RuntimeError, ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DowncycleError(f"{self.checkpoint.name}: transformers cannot load it layer by layer: {said}") from error
         if number is None:
             stack = model.get_submodule(model.stack_name)
             stack._modules.update({str(place): layer for place, layer in enumerate(model.stand_ins)})
+        for module in model.modules():
+            module.__dict__.pop("_init_weights", None)  # it refers back to the module, which would outlive its last use
         for weight in model.parameters():
             weight.requires_grad_(False)
         return model
@@ -203,6 +224,10 @@ class Parts:
 
 def _hidden_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _shape_of(returned: Any) -> tuple[str, int]:
+    return (type(returned).__name__, len(returned)) if isinstance(returned, tuple | list) else ("Tensor", 1)
 
 
 def why_not_finite(part: nn.Module) -> str:
@@ -233,8 +258,8 @@ def _check(checkpoint: Checkpoint, stack: Stack) -> None:
         why = "its Python code, which comes with it, is not run"
     elif len(stack.stems) > 1:
         why = f"each of its layers is spread over {len(stack.stems)} lists"
-    elif checkpoint.config.get("model_type") in RESCALED:
-        why = "its layers change as the model goes through them"
+    else:
+        why = ALTOGETHER.get(checkpoint.config.get("model_type", ""), "")
     if why:
         raise DowncycleError(f"{checkpoint.name}: cannot be run layer by layer, as {why}; choose with --select first, tail, ends or even")
 

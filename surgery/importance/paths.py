@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DowncycleError
 from .calibration import Batch
-from .parts import Parts, State
+from .parts import Parts, State, why_not_finite
 from .states import States
 
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ def sum_losses(parts: Parts, batch: Batch, ids: torch.Tensor, state: State | Non
     for columns in pieces(parts, ids):
         sums += piece_losses(parts, batch, ids, state, columns).double().sum(1)
     if not bool(sums.isfinite().all()):
-        raise DowncycleError(f"{parts.checkpoint.name}: the output of the final norm or the head is not finite; try --load fp32")
+        name = parts.checkpoint.name
+        raise DowncycleError(f"{name}: the output of the final norm or the head is not finite{why_not_finite(parts.frame)}")
     return sums
 
 

@@ -42,7 +42,7 @@ def choose_by(rule: str, layers: int, keep: int, measured: Scores | Triangle, pr
     Raises:
         DowncycleError: no such rule, too few or too many layers to keep, `protect` cannot be kept, or a score is missing or no number.
     """
-    choose = _find(rule).choose
+    choose = find_rule(rule).choose
     if choose is None:
         raise ValueError(f"{rule} is a search over models, not a choice among scores")
     if len(measured) != layers:
@@ -59,7 +59,7 @@ def protected_layers(rule: str, layers: int, keep: int, protect: Sequence[int] |
     Raises:
         DowncycleError: no such rule, too few or too many layers to keep, or `protect` names layers that do not exist or more than `keep`.
     """
-    ends = _find(rule)
+    ends = find_rule(rule)
     check_keep(layers, keep)
     if protect is None:
         first, last = ends.first, ends.last
@@ -82,7 +82,8 @@ def parse_protected(text: str, layers: int) -> tuple[int, ...]:
     return () if text.strip() == "none" else tuple(sorted(set(parse_layers(text, layers, "--protect"))))
 
 
-def _find(rule: str) -> Rule:
+def find_rule(rule: str) -> Rule:
+    """Return a rule by its name."""
     if rule not in RULES:
         raise DowncycleError(f"--select {rule}: no such rule; there are {', '.join([*WITHOUT_DATA, *RULES])}")
     return RULES[rule]

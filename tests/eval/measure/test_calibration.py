@@ -164,6 +164,14 @@ def test_full_pieces_first(models, tmp_path):
     assert len({one.document for one in (*every.fit, *every.held_out)}) == 60
 
 
+def test_all_full_pieces_before_shorter_ones(models, tmp_path):
+    text, full = save(tmp_path / "a.jsonl", [*SHORT, LONG[0]]), len(tokens(models["bos"][1], LONG[0])) // 128
+    assert 3 < full < 24
+    fits = [make_calibration(models["bos"][0], text, samples=24, length=128, seed=seed).fit for seed in range(8)]
+    counts = Counter(sum(len(one.ids) == 128 for one in fit) for fit in fits)
+    assert set(counts) <= {0, full} and counts[full] > 3, counts  # none, where that document is held out
+
+
 def test_of_each_document_one_piece_before_a_second(models, tmp_path):
     found = make_calibration(models["bos"][0], save(tmp_path / "a.jsonl", LONG), samples=13, length=32)
     counts = Counter(one.document for one in found.fit)
@@ -268,12 +276,29 @@ def test_long_documents_do_not_push_others_out(models, tmp_path):
     places([*found.fit, *found.held_out], cut(models["bos"][1], [text[:4000] for text in texts], 16))
 
 
+@pytest.mark.parametrize("single", [True, False])
+def test_no_piece_ends_in_half_a_word(models, tmp_path, single):
+    """Wherever the reading of a long document stops."""
+    model, tokenizer = models["bos"]
+    texts = [prose(number, 3000) for number in range(1 if single else 16)]
+    save(tmp_path / "a.jsonl", texts)
+    (tmp_path / "a.txt").write_text(texts[0])
+    every = [tokens(tokenizer, text) for text in texts]
+    for length in range(2, 12):
+        name = str(tmp_path / ("a.txt" if single else "a.jsonl"))
+        documents, passages = calibration._read(tokenizer, name, 4, length, lambda what, done, total: None)
+        assert len(passages) == len(texts)
+        for ids, passage in zip(every, passages, strict=True):
+            assert passage.ids.tolist() == ids[: len(passage.ids)]
+            assert len(ids) > len(passage.ids) > length and len(passage.ids) % length == 0
+
+
 def test_reads_further_where_documents_give_less_than_expected(models, tmp_path):
     """A token alone is no piece where nothing stands before it."""
-    texts = ["x"] * 3000 + LONG
+    texts = ["x"] * 5000 + LONG
     found = make_calibration(models["none"][0], save(tmp_path / "a.jsonl", texts), samples=2, length=16)
     assert {len(one.ids) for one in (*found.fit, *found.held_out)} == {16}
-    assert min(one.document for one in (*found.fit, *found.held_out)) >= 3000
+    assert min(one.document for one in (*found.fit, *found.held_out)) >= 5000
 
 
 def test_defaults(models):

@@ -3,9 +3,9 @@
 import pytest
 
 pytest.importorskip("matplotlib")
-from browsing import COLOURS, OUTSIDE, SCHEMES, SIZES, WIDTHS, Visit, blend, contrast, luminance, open_browser  # noqa: E402
-
 from downcycle.eval.report.page import PICTURES, write_report  # noqa: E402
+
+from browsing import COLOURS, OUTSIDE, SCHEMES, SIZES, WIDTHS, Visit, blend, contrast, luminance, open_browser  # noqa: E402
 
 HEADINGS = ["Summary", "Layers", "Benchmarks", "Perplexity", "Healing", "Size and speed", "How it was measured"]
 
