@@ -63,7 +63,7 @@ def _draw_row(axes: Axes, choice: Choice, columns: Columns, top: float) -> None:
     from matplotlib.patches import PathPatch
 
     kept = sorted(set(choice.kept))
-    dropped = [layer for layer in range(columns.layers) if layer not in kept or layer == 0]
+    dropped = [layer for layer in range(columns.layers) if layer not in kept]
     gap = 0.02 / columns.cell if columns.cell > 0.08 else 0.0
     look: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.5, "linestyle": (0, (2, 2)), "alpha": 0.6, "fill": False}
     for layers, style in ((kept, {"facecolor": PALETTE[0], "linewidth": 0}), (dropped, look)):

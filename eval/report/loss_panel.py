@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROW, BELOW, KEY = 0.32, 0.5, 0.26  # inches: a rule, the axis's numbers, what explains the dots
+ROW, BELOW, KEY = 0.32, 0.64, 0.26  # inches: a rule, the axis's numbers, what explains the dots
 GUTTER, BEHIND = 0.98, 1.18  # inches: for the rules' names, and for the least loss of each
 LOG = 12  # an axis on which the largest is more than so many times the smallest is a log axis
 DEEP = 1e4  # and shows no less than the largest by this
@@ -43,7 +43,7 @@ def draw_losses(figure: Figure, scores: Scores, left: float, top: float, width: 
         middle, way = ROW * (place + 0.5), best_way(choice)
         _draw_choice(axes, scores, choice, middle)
         bold: dict[str, Any] = {"weight": "bold"} if choice is best else {}
-        write_on(figure, left + 0.02, top + middle - 0.07, shorten(printable(choice.rule), 14), SMALL + 0.5, **bold)
+        write_on(figure, left + 0.02, top + middle - 0.07, shorten(printable(choice.rule), 12), SMALL + 0.5, **bold)
         least = f"{shorten(printable(way), 8)} {losses_of(choice)[way].loss:.3f}"
         write_on(figure, left + width, top + middle - 0.07, least, SMALL, ha="right", **bold)
 
@@ -93,7 +93,8 @@ def _dress(axes: Axes, scores: Scores) -> None:
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if abs(value) > 1e-9 else "uncut")
         axes.axvline(0, color=INK, linewidth=1.1, linestyle=(0, (3, 2)))
-    axes.set_xlabel("nats per token more than uncut" + (", log axis" if log else ""), size=SMALL - 0.5, labelpad=3)
+    words = f"nats per token more than uncut{', log axis' if log else ''}\nwhiskers: one standard error of the loss"
+    axes.set_xlabel(words, size=SMALL - 0.5, labelpad=3)
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(labelsize=SMALL - 1, length=0)

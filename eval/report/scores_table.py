@@ -103,7 +103,7 @@ def _cell(scores: Scores, choice: Choice, way: str) -> str:
     loss = losses_of(choice).get(way)
     if loss is None:
         return "plain kept" if way in choice.kept_plain else "not done" if way in choice.refused else ""
-    mark = "*" if way == best_way(choice) else " "
+    mark = ("*" if way == best_way(choice) else " ") if len(ways_of(scores)) > 1 else ""
     return f"{loss.loss:.4f} {loss.loss - scores.uncut.loss:+.4f}{mark}"
 
 

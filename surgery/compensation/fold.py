@@ -11,8 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapter.lowrank import FLOATS
 from ..checkpoint import Checkpoint, Tensor, read_header
 from ..errors import DowncycleError
+from ..header import build_header
 from ..layers import keep_layers
 from ..sources import LocalFolder
 
@@ -33,12 +35,17 @@ class Fitted:
 
 
 def save_fitted(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write fitted tensors, whole or not at all."""
-    from safetensors.torch import save_file
+    """Write fitted tensors, one at a time, whole or not at all."""
+    import torch
 
+    dtypes = {getattr(torch, word): dtype for dtype, word in FLOATS.items()}
+    kinds = {name: (dtypes[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+    with open(partial, "wb") as file:
+        file.write(build_header(kinds, {"format": "pt"}))
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
     partial.replace(path)
 
 

@@ -23,7 +23,7 @@ from ..model import class_and_config
 from ..stack import Layer, Stack, split_layers
 from .fold import Fitted
 from .stored import find_stored, holds
-from .writers import Weight, embedding_weights, head_weights, layer_weights, multiply, refusal
+from .writers import Weight, check_layer, embedding_weights, head_weights, layer_weights, multiply, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -65,10 +65,7 @@ def scale(parts: Parts, path: Dropped, ratios: Sequence[Sequence[float]]) -> Fit
     Raises:
         DowncycleError: packed weights, or a family into whose weights no factor can be folded, with the part that stands in the way.
     """
-    runs = dropped_runs(path)
-    factors = {run: _checked(parts, run, ratios[run[0]][run[1]]) for run in runs}
-    before = [math.prod(factors[run] for run in runs if run[0] > number) for number in range(parts.depth)]
-    total = math.prod(factors.values())
+    factors = {(i, j): _checked(parts, (i, j), ratios[i][j]) for i, j in dropped_runs(path)}
     if all(factor == 1 for factor in factors.values()):
         return Fitted({})
     parts = _unpacked(parts)
@@ -76,13 +73,12 @@ def scale(parts: Parts, path: Dropped, ratios: Sequence[Sequence[float]]) -> Fit
     tables = embedding_weights(parts)
     changes: dict[str, _Change] = {}
     for numbers in _kinds(parts, stack.layers, path):
-        weights = layer_weights(parts, numbers[0], tables)
-        for number in numbers:
-            if before[number] != 1:
-                changes |= _layer_changes(parts, stack, numbers[0], number, weights, before[number])
+        changing = {number: total for number in numbers if (total := math.prod(s for run, s in factors.items() if run[0] > number)) != 1}
+        changes |= _layer_changes(parts, stack, numbers[0], changing, tables)
     head = head_weights(parts, tables)
-    for weight in (*tables, *head):
-        changes |= {name: _Change(stack.rest[name], total, weight) for name in _rest_names(parts, stack, weight, bool(head))}
+    if (total := math.prod(factors.values())) != 1:
+        for weight in (*tables, *head):
+            changes |= {name: _Change(stack.rest[name], total, weight) for name in _rest_names(parts, stack, weight, bool(head))}
     parts.release()
     return Fitted(_Changed(changes), tuple(_notes(factors)))
 
@@ -133,23 +129,31 @@ def _kinds(parts: Parts, layers: Sequence[Layer], path: Dropped) -> list[list[in
     return list(kinds.values())
 
 
-def _layer_changes(parts: Parts, stack: Stack, like: int, number: int, weights: Sequence[Weight], factor: float) -> dict[str, _Change]:
-    """Return what becomes of a layer's tensors, which are named as those of another that was looked at.
+def _layer_changes(parts: Parts, stack: Stack, like: int, factors: Mapping[int, float], tables: Sequence[Weight]) -> dict[str, _Change]:
+    """Return what becomes of the tensors of layers of one kind, by looking at one of them.
 
-    Raises:
-        DowncycleError: a weight is another layer's too, which has another factor.
+    Args:
+        like: the layer to look at. factors: of each layer that has one.
     """
-    frame, changes = parts.frame, dict[str, _Change]()
-    tied = {*frame.ties, *frame.ties.values()}
-    names = {f"{stem}{like}.{name}": (stem, name) for stem, name in stack.layers[like]}
-    for weight in weights:
-        if f"{frame.stack_name}.{number}.{weight.name}" in tied:
-            raise refusal(parts, f"layer {number} shares {weight.name} with another layer, which needs another factor")
-        tensors = {full: stack.layers[like][key] for full, key in names.items()}
-        for found in find_stored(parts.checkpoint.name, weight.name, weight.value, tensors):
-            stem, name = names[found]
-            changes[f"{stem}{number}.{name}"] = _Change(stack.layers[number][stem, name], factor, weight)
+    layer = parts.layer(like)
+    check_layer(parts, like, layer, tables)
+    weights = layer_weights(parts, like, layer) if factors else []
+    keys = {f"{stem}{like}.{name}": (stem, name) for stem, name in stack.layers[like]}
+    tensors = {full: stack.layers[like][key] for full, key in keys.items()}
+    changes = {}
+    for weight in weights:  # those of experts may be stored one by one
+        for stem, name in (keys[full] for full in find_stored(parts.checkpoint.name, weight.name, weight.value, tensors)):
+            for number, factor in factors.items():
+                _check_ties(parts, number, weight)
+                changes[f"{stem}{number}.{name}"] = _Change(stack.layers[number][stem, name], factor, weight)
     return changes
+
+
+def _check_ties(parts: Parts, number: int, weight: Weight) -> None:
+    """Refuse a weight that is another layer's too, which has another factor."""
+    ties = parts.frame.ties
+    if f"{parts.frame.stack_name}.{number}.{weight.name}" in {*ties, *ties.values()}:
+        raise refusal(parts, f"layer {number} shares {weight.name} with another layer, which needs another factor")
 
 
 def _rest_names(parts: Parts, stack: Stack, weight: Weight, tied: bool) -> list[str]:

@@ -1,7 +1,8 @@
 """Which weights write into the residual stream, found by a law: multiply them by s, and what comes out is s times what came out before.
 
 Usual names say which weights to try; what is tried is run, and only what obeys the law is returned, so no family need be known. Checks
-multiply by two, which is exact in every floating dtype, and take hidden states of the size of one, beside which a norm's epsilon is nothing.
+multiply by two, which is exact in every floating dtype, and take hidden states of about the size of one, beside which a norm's epsilon is
+nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from ..importance.parts import Parts
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-OUTPUTS = frozenset(
-    ["o_proj", "out_proj", "c_proj", "dense", "wo", "down_proj", "fc2", "dense_4h_to_h", "fc_out", "w2", "linear_out", "output_linear", "output_proj", "linear_2"]
-)
+# Words in the names of weights that end a branch, as the families of transformers have them.
+ATTENTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "linear_out")
+MLP = ("down_proj", "fc2", "w2", "dense_4h_to_h", "fc_out", "output_linear", "output_proj", "linear_2")
+OUTPUTS = frozenset((*ATTENTION, *MLP))
 TOKENS = 16  # of a check
 FACTOR = 2.0
 EXACT, ROUNDED = 1e-3, 1e-2  # of what a layer adds: how far from the law numbers of 32 bits, and of 16, may be
@@ -54,32 +56,41 @@ def probe_ids(parts: Parts) -> Tensor:
     return places.long()[None].to(parts.device)
 
 
-def layer_weights(parts: Parts, number: int, tables: Sequence[Weight]) -> list[Weight]:
+def layer_weights(parts: Parts, number: int, layer: nn.Module) -> list[Weight]:
     """Return the weights of a layer that take s, so that layer'(s h) = s layer(h); names are those in the layer.
 
     Tried in this order: its output projections; norms behind attention and MLP; both; and, where attention and MLP read the stream without
     a norm (OLMo 2), those norms with s and every matrix before them with 1 / s.
 
-    Args:
-        tables: what writes the embeddings, on which the layer must not depend otherwise than by h.
     Raises:
         DowncycleError: no such set of weights obeys the law.
     """
-    ids, layer = probe_ids(parts), parts.layer(number)
+    ids = probe_ids(parts)
     entered = parts.entering(number, ids, None)
     if entered is None:  # the model's loop passes it over
         return []
-    hidden = _resize(entered)
+    hidden, like = _resize(entered), next(layer.parameters())
     before = _through(parts, layer, number, ids, hidden)
-    with changed(tables, FACTOR):
-        if not _close(_through(parts, layer, number, ids, hidden), before, before - hidden):
-            raise refusal(parts, f"layer {number} takes the embeddings from elsewhere than the layer before it")
     for weights in _candidates(layer, hidden):
         with changed(weights, FACTOR):
             after = _through(parts, layer, number, ids, hidden * FACTOR)
-        if _close(after, before * FACTOR, (before - hidden) * FACTOR):
+        if _close(after, before * FACTOR, like, (before - hidden) * FACTOR):
             return weights
     raise refusal(parts, f"what layer {number} adds to the hidden states does not grow with any of its output projections and norms")
+
+
+def check_layer(parts: Parts, number: int, layer: nn.Module, tables: Sequence[Weight]) -> None:
+    """Refuse a layer that takes embeddings, which take a factor, from elsewhere than the layer before it."""
+    ids = probe_ids(parts)
+    entered = parts.entering(number, ids, None)
+    if entered is None:
+        return
+    hidden, like = _resize(entered), next(layer.parameters())
+    before = _through(parts, layer, number, ids, hidden)
+    with changed(tables, FACTOR):
+        after = _through(parts, layer, number, ids, hidden)
+    if not _close(after, before, like, before - hidden):
+        raise refusal(parts, f"layer {number} takes the embeddings from elsewhere than the layer before it")
 
 
 def embedding_weights(parts: Parts) -> list[Weight]:
@@ -99,7 +110,7 @@ def embedding_weights(parts: Parts) -> list[Weight]:
     for weights in ([one for one in tables if one.value is table], tables, *norms):
         with changed(weights, FACTOR):
             after = _first(parts, ids)
-        if weights and _close(after, before * FACTOR):
+        if weights and _close(after, before * FACTOR, table):
             return weights
     raise refusal(parts, "what enters its first layer does not grow with its embeddings")
 
@@ -119,7 +130,7 @@ def head_weights(parts: Parts, tables: Sequence[Weight]) -> list[Weight]:
     for weights in ([], *norms):
         with changed([*tables, *weights], FACTOR):
             after = _logits(parts, ids, hidden)
-        if _close(after, before):
+        if _close(after, before, tables[0].value):
             return weights
     raise refusal(parts, "its head is its embedding table, and no final norm can take the factor back")
 
@@ -160,9 +171,7 @@ def _candidates(layer: nn.Module, hidden: Tensor) -> Iterator[list[Weight]]:
 
 def _is_output(name: str, value: Tensor, width: int) -> bool:
     """Whether a weight has an output projection's name and size; expert weights may be parameters of their own, [experts, out, in]."""
-    *path, last = name.split(".")
-    own = path[-1] if last in ("weight", "bias") and path else last.removesuffix("_bias")
-    return own in OUTPUTS and width in value.shape[-2:]
+    return not OUTPUTS.isdisjoint(name.removesuffix("_bias").split(".")) and width in value.shape[-2:]
 
 
 def _norms(module: nn.Module, hidden: Tensor) -> Iterator[list[Weight]]:
@@ -171,7 +180,9 @@ def _norms(module: nn.Module, hidden: Tensor) -> Iterator[list[Weight]]:
 
     for name, norm in module.named_modules():
         own = dict(norm.named_parameters(recurse=False))
-        if "norm" not in type(norm).__name__.lower() or any(value.shape != hidden.shape[-1:] for value in own.values()) or not own:
+        if "norm" not in type(norm).__name__.lower() or not own:
+            continue
+        if any(value.shape != hidden.shape[-1:] or value.is_meta for value in own.values()):
             continue
         try:
             with torch.no_grad():
@@ -180,7 +191,7 @@ def _norms(module: nn.Module, hidden: Tensor) -> Iterator[list[Weight]]:
                     weights = [Weight(f"{name}.{key}", value, offset=offset * (key == "weight")) for key, value in own.items()]
                     with changed(weights, FACTOR):
                         after = norm(hidden)
-                    if _close(after, before * FACTOR):
+                    if _close(after, before * FACTOR, weights[0].value):
                         yield weights
                         break
         except (RuntimeError, TypeError, ValueError):  # it takes more than hidden states
@@ -241,11 +252,11 @@ def _resize(hidden: Tensor) -> Tensor:
     return hidden * 2.0 ** -round(math.log2(rms)) if rms else hidden + 1
 
 
-def _close(found: Tensor, wanted: Tensor, part: Tensor | None = None) -> bool:
-    """Whether two results are one, but for rounding, measured by the size of the wanted one, or of a part of it, if that is smaller."""
+def _close(found: Tensor, wanted: Tensor, like: Tensor, part: Tensor | None = None) -> bool:
+    """Whether two results are one, but for rounding to the dtype of a weight, by the size of what is wanted, or of a part of it."""
     far, whole = (float(one.double().norm()) for one in (found - wanted, wanted))
     size = whole if part is None else min(whole, float(part.double().norm()))
-    return far <= (EXACT if found.element_size() > 2 else ROUNDED) * size + 1e-6 * whole
+    return far <= (EXACT if like.element_size() > 2 else ROUNDED) * size + 1e-6 * whole
 
 
 def refusal(parts: Parts, why: str) -> DowncycleError:

@@ -7,8 +7,9 @@ stock `from_pretrained`, so that its conversions and quantisers apply. Knows no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -68,6 +69,8 @@ class Parts:
         self.loads = self.forwards = 0
         _check(checkpoint, stack := split_layers(checkpoint))
         self._class, self._config = class_and_config(checkpoint)
+        if getattr(self._config, "is_encoder_decoder", False):
+            raise _refusal(checkpoint, "it is an encoder with a decoder, and does not run on text alone")
         names = {id(tensor): name for name, tensor in checkpoint.tensors.items()}
         self._layers = [{names[id(tensor)]: tensor for tensor in layer.values()} for layer in stack.layers]
         self._rest = stack.rest
@@ -76,10 +79,12 @@ class Parts:
         self._frame: Any = None
         self._shape: tuple[str, int] | None = None  # what a layer of this family returns: tensor, tuple or list, and of how many
 
-    def layer(self, number: int) -> nn.Module:
-        """Load a decoder layer, by its number."""
+    def layer(self, number: int, to_change: bool = False) -> nn.Module:
+        """Load a decoder layer, by its number. to_change: one whose weights the caller may change."""
+        if to_change and self.resident:
+            return deepcopy(self.layer(number))
         if number not in self._kept:
-            part = self._load(number, self._tensors_of(number))
+            part = self._load(number, self.layer_tensors(number))
             layer = part.get_submodule(f"{part.stack_name}.{number}")
             self.loads += 1
             if not self.resident:
@@ -193,7 +198,7 @@ class Parts:
         values = [hidden, *[None] * (length - 1)]
         return {"tuple": tuple(values), "list": values}.get(kind, hidden)
 
-    def _tensors_of(self, number: int) -> dict[str, Tensor]:
+    def layer_tensors(self, number: int) -> dict[str, Tensor]:
         """Return the tensors of a layer, those among them that it shares with another."""
         self.frame  # noqa: B018 - knows what is shared
         start = f"{self.frame.stack_name}.{number}."
@@ -207,7 +212,7 @@ class Parts:
 
         part = _frame_class(self._class, self.depth) if number is None else _layer_class(self._class, self.depth, number)
         try:
-            with torch.inference_mode(False):  # weights that are made within it have no gradients, ever
+            with torch.inference_mode(False), _quiet():  # weights that are made in inference mode can never have gradients
                 model = from_tensors(part, self._config, tensors, self.checkpoint.name, **self.options)
         except (OSError, RuntimeError, ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
             said = " ".join(str(error).split())[:200] or type(error).__name__
@@ -261,7 +266,24 @@ def _check(checkpoint: Checkpoint, stack: Stack) -> None:
     else:
         why = ALTOGETHER.get(checkpoint.config.get("model_type", ""), "")
     if why:
-        raise DowncycleError(f"{checkpoint.name}: cannot be run layer by layer, as {why}; choose with --select first, tail, ends or even")
+        raise _refusal(checkpoint, why)
+
+
+def _refusal(checkpoint: Checkpoint, why: str) -> DowncycleError:
+    return DowncycleError(f"{checkpoint.name}: cannot be run layer by layer, as {why}; choose with --select first, tail, ends or even")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from saying that a part of a model lacks what the whole has."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _frame_class(model_class: Any, depth: int) -> Any:

@@ -88,6 +88,10 @@ class States:
             if not file.name.startswith(f"{WHOLE}."):
                 file.unlink()
 
+    def part(self, name: str) -> States:
+        """Return the states of something else that goes on beside, in a folder of this one."""
+        return States(self.folder / name)
+
     def clear(self) -> None:
         """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)

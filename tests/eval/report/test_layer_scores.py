@@ -127,6 +127,7 @@ def test_layers_have_the_same_column_everywhere_and_readable_numbers(layers, wid
     scores, figure = scores_of(layers), drawn(layers, width)
     across = {round(edge, 6) for axes in (*charts(figure, scores), map_axes(figure, scores)) for edge in axes.get_position().intervalx}
     assert len(across) == 2
+    assert all(axes.get_xlim() == (-0.5, layers - 0.5) for axes in (*charts(figure, scores), map_axes(figure, scores)))
     axes, columns = map_axes(figure, scores), columns_of(layers, width)
     inside = [text for text in axes.texts if text.get_text().isdigit()]
     if inside:

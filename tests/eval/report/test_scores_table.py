@@ -122,6 +122,12 @@ def test_what_was_refused_or_kept_plain_is_said():
     assert "not done" in text and "plain kept" in text
 
 
+def test_of_one_way_only_the_best_rule_is_marked():
+    choices = tuple(Choice(rule, (0,), Loss(loss, 0.1)) for rule, loss in (("a", 3.0), ("b", 2.5)))
+    text = printed(make_scores(4, choices=choices))
+    assert "\nb* " in text and "2.5000 +0.3966\n" in text and text.count("*") == 2
+
+
 def test_one_reason_is_said_once():
     choices = tuple(Choice(rule, (0,), Loss(3.0, 0.1), refused={"refit": "experts"}) for rule in ("a", "b"))
     text = printed(make_scores(4, choices=choices))
