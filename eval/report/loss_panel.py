@@ -62,7 +62,7 @@ def is_log(scores: Scores) -> bool:
 def _draw_choice(axes: Axes, scores: Scores, choice: Choice, middle: float) -> None:
     """A rule's ways on one line, each not left of the axis; what lies there is an arrow."""
     ways, edge = ways_of(scores), axes.get_xlim()[0]
-    found = {way: (loss.loss - scores.uncut.loss, loss.stderr) for way, loss in losses_of(choice).items()}
+    found = {way: (loss.loss - scores.uncut.loss, loss.added_stderr) for way, loss in losses_of(choice).items()}
     ends = [max(edge, value) for value, _ in found.values()]
     axes.plot([min(ends), max(ends)], [middle] * 2, color=INK, alpha=0.4, linewidth=0.9)
     for way, (value, stderr) in found.items():

@@ -88,7 +88,7 @@ def asked_block(scores: Scores) -> Block | None:
         dropped = sorted(set(range(scores.layers)) - set(choice.kept))
         if choice.rule == "angular" and len(dropped) == length == dropped[-1] - dropped[0] + 1 and dropped[0] < len(row):
             return Block(dropped[0], length, row[dropped[0]])
-    free = [i for i in range(len(row)) if not any(i <= layer < i + length for layer in scores.protect)] or range(len(row))
+    free = [i for i in range(len(row)) if not any(i <= layer < i + length for layer in scores.protect or ())] or range(len(row))
     return min((Block(i, length, row[i]) for i in free), key=lambda block: (block.distance, -block.begin), default=None)
 
 
@@ -131,7 +131,7 @@ def cut_command(scores: Scores, choice: Choice, way: str = CUT) -> list[str]:
     words += ["--keep", str(scores.keep), "--select", choice.rule]
     if (measured := choice.rule not in RULES) or way != CUT:
         words += _calibration_words(scores.calibration)
-    words += ["--protect", format_layers(list(scores.protect))] if measured and scores.protect else []
+    words += ["--protect", format_layers(list(scores.protect)) or "none"] if measured and scores.protect is not None else []
     return words + ([] if way == CUT else ["--compensate", way])
 
 

@@ -98,11 +98,12 @@ def measured_terms(scores: Scores) -> str:
     """What was measured on what, how and with what, as a list of terms."""
     revision = f" at {scores.revision}" if scores.revision else ""
     model = f"{scores.model}{revision}; {scores.layers} layers; {load_words(scores)}"
+    protected = "each rule's own" if scores.protect is None else format_layers(list(scores.protect)).replace(",", ", ") or "none"
     names = {"text": "Text", "text_digest": "SHA-256 of its documents", "digest": "SHA-256 of the tokens"}
     calibration = [(names.get(name, name.replace("_", " ").capitalize()), _written(value)) for name, value in scores.calibration.items()]
     return term_list([
         ("Model", f"{model}; SHA-256 of its content {scores.content[:12]}"),
-        ("Protected layers", format_layers(list(scores.protect)).replace(",", ", ")),
+        ("Protected layers", protected),
         *calibration,
         ("Versions", ", ".join(f"{name} {version}" for name, version in scores.versions.items())),
         ("Machine", scores.machine),

@@ -14,7 +14,7 @@ from ...surgery.importance.paths import Dropped
 from ...surgery.importance.scores import Loss
 from ...surgery.layers import keep_layers
 from ..content import cache_folder, content_digest
-from .measure import HIDDEN, held_out_losses, measure, run, to_loss
+from .measure import HIDDEN, held_out_loss, held_out_losses, measure
 from .study import Study
 
 
@@ -52,8 +52,8 @@ def _fit(study: Study, path: Dropped, method: str) -> Outcome:
     fitted = _fitted(study, path, method)
     save_fitted(file, fitted.tensors)
     parent = with_fitted(study.checkpoint, open_fitted(file))
-    found = run(replace(study, checkpoint=parent, content=content_digest(parent)), [path], f"measuring {method}")
-    return Outcome(to_loss(found[path]), file=str(file), notes=tuple(fitted.notes))
+    loss = held_out_loss(study, path, replace(study, checkpoint=parent, content=content_digest(parent)))
+    return Outcome(loss, file=str(file), notes=tuple(fitted.notes))
 
 
 def _fitted(study: Study, path: Dropped, method: str) -> Fitted:

@@ -5,9 +5,10 @@ Each function recalls what is known, and runs layers only for what is not.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 from ...surgery.choose import format_layers, parse_layers
@@ -95,12 +96,19 @@ def fit_losses(study: Study, paths: Sequence[Dropped], what: str) -> dict[Droppe
 
 def held_out_losses(study: Study, paths: Iterable[Dropped]) -> dict[Dropped, Loss]:
     """Return the losses of paths on the held-out samples."""
-    wanted = sorted(set(paths), key=sorted)
-    known = {_path(text): Loss(**loss) for text, loss in (study.recall(HELD_OUT) or {}).items()}
+    wanted = sorted({WHOLE, *paths}, key=sorted)
+    known = {_path(text): [SampleLoss(*one) for one in samples] for text, samples in (study.recall(HELD_OUT) or {}).items()}
     if missing := [path for path in wanted if path not in known]:
-        known |= {path: to_loss(found) for path, found in run(study, missing, "measuring the cuts").items()}
-        study.keep({_text(path): asdict(loss) for path, loss in known.items()}, HELD_OUT)
-    return {path: known[path] for path in wanted}
+        known |= run(study, missing, "measuring the cuts")
+        study.keep({_text(path): [astuple(one) for one in samples] for path, samples in known.items()}, HELD_OUT)
+    return {path: to_loss(known[path], known[WHOLE]) for path in wanted}
+
+
+def held_out_loss(study: Study, path: Dropped, fitted: Study) -> Loss:
+    """Return the loss of a path on the held-out samples with other weights. fitted: the study of a model that has them."""
+    held_out_losses(study, [WHOLE])
+    whole = [SampleLoss(*one) for one in study.recall(HELD_OUT)[_text(WHOLE)]]
+    return to_loss(run(fitted, [path], "measuring what was fitted")[path], whole)
 
 
 def run(study: Study, paths: Sequence[Dropped], what: str, held_out: bool = True) -> dict[Dropped, list[SampleLoss]]:
@@ -112,16 +120,24 @@ def run(study: Study, paths: Sequence[Dropped], what: str, held_out: bool = True
     return found
 
 
-def to_loss(samples: Sequence[SampleLoss]) -> Loss:
-    """Return the mean loss per token, and its standard error clustered by document, or by sample where there is one document only."""
-    nats, tokens = defaultdict[int, float](float), Counter[int]()
+def to_loss(samples: Sequence[SampleLoss], whole: Sequence[SampleLoss]) -> Loss:
+    """Return the mean loss per token, and its standard errors, clustered by document, or by sample where there is one document only.
+
+    Args:
+        whole: the losses of the uncut model on the same samples.
+    """
     several = len({one.document for one in samples}) > 1
-    for number, one in enumerate(samples):
+    nats, more, tokens = defaultdict[int, float](float), defaultdict[int, float](float), Counter[int]()
+    for number, (one, uncut) in enumerate(zip(samples, whole, strict=True)):
         cluster = one.document if several else number
         nats[cluster] += one.nats
+        more[cluster] += one.nats - uncut.nats
         tokens[cluster] += one.tokens
-    mean = mean_loss(samples)
-    return Loss(mean, clustered_error(mean, list(nats.values()), list(tokens.values())) if len(nats) > 1 else 0.0)
+    counts = list(tokens.values())
+    mean, added = (math.fsum(sums.values()) / sum(counts) for sums in (nats, more))
+    if len(counts) == 1:
+        return Loss(mean, 0.0)
+    return Loss(mean, clustered_error(mean, list(nats.values()), counts), clustered_error(added, list(more.values()), counts))
 
 
 def _recall_losses(study: Study, what: str) -> dict[Dropped, float]:

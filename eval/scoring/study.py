@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,10 +90,6 @@ class Study:
         """Keep what was measured, and return it."""
         keep(self.content, key_of(self.key, *what), value)
         return value
-
-    def clear(self) -> None:
-        """Delete the states of finished runs."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def check_memory(checkpoint: Checkpoint, load: str, device: str) -> bool:

@@ -114,7 +114,8 @@ def _offset(module: nn.Module, run: Callable[[], Tensor], layer: nn.Module, name
             weight.data.copy_((kept + offset) * 2 - offset)
             with _watching(layer) as seen:
                 run()
-            if _moves(seen[name][1] - gave, scaled):
+            now = seen[name][1]
+            if now is not None and _moves(now - gave, scaled):
                 return offset
     finally:
         weight.data.copy_(kept)

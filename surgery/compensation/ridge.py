@@ -43,14 +43,12 @@ class NormalEquations:
         """
         import torch
 
-        diagonal = self.gram.diagonal().mean()
-        factor, times = torch.zeros_like(self.gram), 1
-        for attempt in range(6):
-            times = 10**attempt
-            factor, failed = torch.linalg.cholesky_ex(
-                self.gram + torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device) * (ridge * times * diagonal)
-            )
-            if not int(failed) and bool(diagonal > 0):
+        own = self.gram.diagonal().clone()
+        for times in (10**power for power in range(6) if own.mean() > 0):
+            self.gram.diagonal().copy_(own + ridge * times * own.mean())  # a second gram would take as much memory again
+            factor, failed = torch.linalg.cholesky_ex(self.gram)
+            self.gram.diagonal().copy_(own)
+            if not int(failed):
                 change = torch.cholesky_solve(self.cross, factor).T
                 return change, "" if times == 1 else f"ill-conditioned; a ridge {times} times as large was taken"
         return torch.zeros_like(self.cross.T), "ill-conditioned; left as it was"

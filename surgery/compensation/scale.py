@@ -92,17 +92,17 @@ def dropped_runs(path: Dropped) -> list[tuple[int, int]]:
 
 def _checked(parts: Parts, run: tuple[int, int], factor: float) -> float:
     if not (math.isfinite(factor) and factor > 0):
-        raise DowncycleError(f"{parts.checkpoint.name}: hidden states grow {factor} times over layers {_layers(run)}; use other text")
+        raise DowncycleError(f"{parts.checkpoint.name}: hidden states grow {factor} times over {_layers(run)}; use other text")
     return factor
 
 
 def _layers(run: tuple[int, int]) -> str:
-    return format_layers(list(range(*run)))
+    return f"layer{'s' * (run[1] - run[0] > 1)} {format_layers(list(range(*run)))}"
 
 
 def _notes(factors: Mapping[tuple[int, int], float]) -> Iterator[str]:
     for run, factor in factors.items():
-        yield f"hidden states are made {factor:.3f} times as large before layers {_layers(run)}, which are dropped"
+        yield f"hidden states are made {factor:.3f} times as large in place of {_layers(run)}"
 
 
 def _unpacked(parts: Parts) -> Parts:

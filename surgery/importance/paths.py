@@ -109,7 +109,7 @@ def _run_layer(
             before = states.get(number, path, place, parts.device)
             after = parts.step(layer, number, ids, before)
             states.put(number + 1, path, place, after)
-            if path == WHOLE and observers:
+            if path == WHOLE and observers and after is not before:  # else the model passes this layer over
                 _show(observers, parts, number, ids, before, after)
 
 

@@ -23,10 +23,12 @@ class Importance:
 
 @dataclass(frozen=True)
 class Loss:
-    """A held-out loss, and its clustered standard error (see `held_out_loss`)."""
+    """A held-out loss, and its clustered standard error. added_stderr: that of its difference to the uncut model's, on the same tokens,
+    which is much smaller; 0 for the uncut model itself."""
 
     loss: float
     stderr: float
+    added_stderr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Work:
 class Scores:
     """Everything that `downcycle score` measured. calibration: text, digests, samples, length, seed and tokens, to make it again.
 
-    angular: the triangle d(i, n), row n - 1 for blocks of n layers, entry i for the block that begins at layer i.
-    refused: metrics that this model cannot have, with why. machine, versions: as in results.json.
+    protect: layers that had to stay; None: those of each rule. angular: the triangle d(i, n), row n - 1 for blocks of n layers, entry i for
+    the block that begins at layer i. refused: metrics and rules that this model cannot have, with why.
     """
 
     model: str
@@ -72,7 +74,7 @@ class Scores:
     content: str
     layers: int
     keep: int
-    protect: tuple[int, ...]
+    protect: tuple[int, ...] | None
     load: str
     device: str
     calibration: Mapping[str, Any]
@@ -101,7 +103,7 @@ def parse_scores(value: Mapping[str, Any]) -> Scores:
         raise ValueError(f"format {value['format']!r}")
     plain = {name: part for name, part in value.items() if name != "format"}
     return Scores(**plain | {
-        "protect": tuple(value["protect"]),
+        "protect": None if value["protect"] is None else tuple(value["protect"]),
         "uncut": Loss(**value["uncut"]),
         "importance": tuple(Importance(one["metric"], one["unit"], tuple(one["scores"])) for one in value["importance"]),
         "angular": tuple(tuple(row) for row in value["angular"]),

@@ -95,6 +95,8 @@ class States:
     def clear(self) -> None:
         """Delete everything."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            self.folder.parent.rmdir()  # the last one
 
     def _save(self, value: Any, file: Path) -> None:
         import torch
