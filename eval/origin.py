@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..recipes.training import has_history, history
 from ..surgery.adapter.merge import adapter_fingerprint
 from ..surgery.checkpoint import Checkpoint, find_source
+from ..surgery.compensation.fold import CALIBRATION, COMPENSATION
 from ..surgery.errors import DowncycleError
 from ..surgery.verify import MERGE
 from .results import Logged
@@ -24,13 +25,18 @@ PARENT, CUT_ONLY, HEALED, UNKNOWN = "parent", "cut", "healed", "model"
 
 @dataclass(frozen=True)
 class Step:
-    """One operation that led to a model. cut: the layers kept and the rule; merge: the adapter (a folder, or a Hub id)."""
+    """One operation that led to a model. cut: the layers kept and the rule; merge: the adapter (a folder, or a Hub id).
+
+    calibration: the samples that the rule measured on, or a compensation; compensation: the method, its losses, the fitted tensors.
+    """
 
     operation: str
     parent: str
     revision: str | None
     layers: tuple[int, ...] = ()
     rule: str = ""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    compensation: Mapping[str, Any] = field(default_factory=dict)
     adapter: str = ""
     adapter_revision: str | None = None
     adapter_fingerprint: str = ""
@@ -84,6 +90,8 @@ def _step(link: Mapping[str, Any]) -> Step:
         revision=link.get("revision"),
         layers=tuple(link.get("layers", ())),
         rule=link.get("rule", ""),
+        calibration=link.get(CALIBRATION, {}),
+        compensation=link.get(COMPENSATION, {}),
         adapter=link.get("adapter", ""),
         adapter_revision=link.get("adapter_revision"),
         adapter_fingerprint=link.get("adapter_fingerprint", ""),

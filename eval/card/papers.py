@@ -31,6 +31,44 @@ QLORA = _arxiv(
     "2305.14314",
 )
 LORA = _arxiv("hu2021lora", "LoRA: Low-Rank Adaptation of Large Language Models", "Edward J. Hu and others", "2106.09685")
+OF_RULES = {
+    "first": INHERITUNE,
+    "bi": _arxiv(
+        "men2024shortgpt",
+        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+        "Xin Men and others",
+        "2403.03853",
+    ),
+    "angular": _arxiv(
+        "gromov2024unreasonable", "The Unreasonable Ineffectiveness of the Deeper Layers", "Andrey Gromov and others", "2403.17887"
+    ),
+    "ppl": _arxiv(
+        "song2024sleb",
+        "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of Transformer Blocks",
+        "Jiwon Song and others",
+        "2402.09025",
+    ),
+    "taylor": _arxiv(
+        "kim2024shortened",
+        "Shortened LLaMA: Depth Pruning for Large Language Models with Comparison of Retraining Methods",
+        "Bo-Kyeong Kim and others",
+        "2402.02834",
+    ),
+}
+OF_METHODS = {
+    "scale": _arxiv(
+        "chen2025prunecomp",
+        "Prune&Comp: Free Lunch for Layer-Pruned LLMs via Iterative Pruning with Magnitude Compensation",
+        "Xinrui Chen and others",
+        "2507.18212",
+    ),
+    "refit": _arxiv(
+        "shopkhoev2025replaceme",
+        "ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization",
+        "Dmitriy Shopkhoev and others",
+        "2505.02819",
+    ),
+}
 RSLORA = _arxiv(
     "kalajdzievski2023rslora", "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", "Damjan Kalajdzievski", "2312.03732"
 )
@@ -42,11 +80,10 @@ def software(release: str) -> str:
 
 
 def papers(facts: Facts) -> list[str]:
-    """Return the papers of the rule that chose the layers, and of the method that healed them."""
-    cited = []
+    """Return the papers of the rules that chose the layers, of what made up for the dropped ones, and of the method that healed them."""
     cuts = [step for step in facts.origin.steps if step.layers]
-    if any(step.rule == "first" for step in cuts):
-        cited.append(INHERITUNE)
+    named = [OF_RULES.get(step.rule) for step in cuts] + [OF_METHODS.get(str(step.compensation.get("method"))) for step in cuts]
+    cited = list(dict.fromkeys(filter(None, named)))
     if any(len(set(step.layers)) < len(step.layers) for step in cuts):
         cited.append(SOLAR)
     config = facts.training.config if facts.training else {}

@@ -16,6 +16,7 @@ from ...terminal import format_bytes, layer_map
 from ..origin import Step
 from ..report.compare import score_rows
 from ..report.numbers import join_words, write_count, write_share
+from .choosing import what_was_folded, why_kept
 from .facts import Facts, own_version
 from .licences import duties, known_licence
 from .metadata import pipeline_tag
@@ -26,15 +27,6 @@ from .training_text import eval_losses, texts_in_words
 from .wording import bullets, model_link, paragraphs, plain
 
 LAYERS_PICTURE = "figures/layers.png"
-# Why a rule keeps what it keeps: what surgery/choose.py says of it, for those who read a card.
-WHY = {
-    "first": "keeps the layers nearest the input and drops the deepest ones: the choice of Llama-3-6B and of Inheritune "
-    "(arXiv 2404.08634), made to be trained further.",
-    "tail": "drops the block just before the last layer and keeps the last one, whose output the head was trained on.",
-    "ends": "keeps the first and the last half, so that the layers next to the embeddings and those next to the head both stay.",
-    "even": "spreads the kept layers evenly over the depth, the first and the last among them, so that no long run is missing.",
-    "layers": "means that the layers were listed one by one.",
-}
 
 
 def summary(facts: Facts) -> str:
@@ -184,10 +176,10 @@ def _step(step: Step, facts: Facts) -> str:
     source = next((parent for parent in facts.parents if parent.hub_id == step.parent or parent.name == name_of(step.parent)), None)
     named = _named(source) if source else _named(facts.parent) if step == facts.origin.steps[0] and facts.parent else ""
     revision = f" (revision `{step.revision[:12]}`)" if step.revision else ""
-    why = f" The rule `{plain(step.rule)}` {WHY[step.rule]}" if step.rule in WHY else f" Rule: `{plain(step.rule)}`." if step.rule else ""
-    return f"**Cut** {named}{revision} to its layers {format_layers(list(step.layers))}, copied byte for byte and renumbered.{why}".replace(
-        "  ", " "
-    )
+    folded = what_was_folded(step)
+    copied = "copied byte for byte but for what is named here" if folded else "copied byte for byte"
+    cut = f"**Cut** {named}{revision} to its layers {format_layers(list(step.layers))}, {copied}, and renumbered."
+    return " ".join(filter(None, [cut.replace("  ", " "), why_kept(step), folded]))
 
 
 def _layer_map(facts: Facts) -> str:

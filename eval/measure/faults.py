@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from ...surgery.checkpoint import Checkpoint
 from ...surgery.errors import DowncycleError
+from ...surgery.importance.parts import find_stack, why_not_finite
 from ..origin import origin_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def locate_fault(model: nn.Module, checkpoint: Checkpoint, ids: Tensor) -> Downc
     import torch
 
     parts = {"the embeddings": model.get_input_embeddings()}  # type: ignore[operator]
-    parts |= {f"layer {number}": layer for number, layer in enumerate(_decoder_layers(model, checkpoint.num_layers))}
+    parts |= {f"layer {number}": layer for number, layer in enumerate(_layers(model, checkpoint.num_layers))}
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -41,16 +42,15 @@ def locate_fault(model: nn.Module, checkpoint: Checkpoint, ids: Tensor) -> Downc
         model(input_ids=ids, use_cache=False)
     name = found[0] if found else REST
     return DowncycleError(
-        f"{checkpoint.name}: the output of {name}{_in_parent(checkpoint, name)} is not finite{_cause(parts.get(name), model)}"
+        f"{checkpoint.name}: the output of {name}{_in_parent(checkpoint, name)} is not finite{why_not_finite(parts.get(name, model))}"
     )
 
 
-def _decoder_layers(model: nn.Module, depth: int) -> list[nn.Module]:
-    """Return the decoder layers: of the lists of as many modules, the one with the most parameters."""
-    from torch.nn import ModuleList
-
-    lists = [module for module in model.modules() if isinstance(module, ModuleList) and len(module) == depth]
-    return list(max(lists, key=lambda layers: sum(weight.numel() for weight in layers.parameters()), default=[]))
+def _layers(model: nn.Module, depth: int) -> list[nn.Module]:
+    """Return the decoder layers; none where they are in no list."""
+    with suppress(DowncycleError):
+        return list(model.get_submodule(find_stack(model, depth)).children())
+    return []
 
 
 def _in_parent(checkpoint: Checkpoint, name: str) -> str:
@@ -59,13 +59,3 @@ def _in_parent(checkpoint: Checkpoint, name: str) -> str:
     if not origin.kept or not number or int(number) >= len(origin.kept):
         return ""
     return f" (layer {origin.kept[int(number)]} of {origin.root})"
-
-
-def _cause(part: nn.Module | None, model: nn.Module) -> str:
-    """Name a weight that is not finite itself; if there is none, the computation overflowed."""
-    for name, weight in (part or model).named_parameters():
-        if weight.is_floating_point() and not weight.is_meta and not weight.isfinite().all():
-            return f", as its weight {name} holds NaN or infinity: the file is damaged, or the training that made it failed"
-    if str(model.dtype) == "torch.float16":
-        return ": numbers grow beyond what float16 holds; try --load bf16 or fp32"
-    return ", though its weights are; try --load fp32, and check how the model was made"

@@ -93,7 +93,7 @@ def _dress(axes: Axes, scores: Scores) -> None:
         axes.locator_params(axis="x", nbins=5)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}" if abs(value) > 1e-9 else "uncut")
         axes.axvline(0, color=INK, linewidth=1.1, linestyle=(0, (3, 2)))
-    words = f"nats per token more than uncut{', log axis' if log else ''}\nwhiskers: one standard error of the loss"
+    words = f"nats per token more than uncut{', log axis' if log else ''}\nwhiskers: one standard error of the difference"
     axes.set_xlabel(words, size=SMALL - 0.5, labelpad=3)
     axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
