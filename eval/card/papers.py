@@ -59,7 +59,7 @@ OF_METHODS = {
     "scale": _arxiv(
         "chen2025prunecomp",
         "Prune&Comp: Free Lunch for Layer-Pruned LLMs via Iterative Pruning with Magnitude Compensation",
-        "Xinrui Chen and others",
+        "Chen and others",
         "2507.18212",
     ),
     "refit": _arxiv(

@@ -55,9 +55,7 @@ def test_magnitude(tiny, whole, batches, tmp_path, family):
     _, _, magnitudes = observed(tiny(family), batches, tmp_path / "states")
     model = whole(tiny(family)).model
     for layer, score in enumerate(magnitudes.scores):
-        weights = [
-            weight for name, weight in model.named_parameters() if f"layers.{layer}." in name and weight.ndim > 1
-        ]
+        weights = [weight for name, weight in model.named_parameters() if f"layers.{layer}." in name and weight.ndim > 1]
         assert len(weights) >= 4
         assert score == pytest.approx(sum(weight.double().abs().sum().item() for weight in weights), rel=1e-9)
 

@@ -40,7 +40,9 @@ def outputs(model, ids=IDS, depth=DEPTH):
     """The oracle: the same of a whole model, by hooks."""
     hidden = []
     hooks = [
-        layer.register_forward_hook(lambda module, given, output: hidden.append((output[0] if isinstance(output, tuple) else output).clone()))
+        layer.register_forward_hook(
+            lambda module, given, output: hidden.append((output[0] if isinstance(output, tuple) else output).clone())
+        )
         for layer in model.get_submodule(find_stack(model, depth))
     ]
     with torch.no_grad():
@@ -275,7 +277,10 @@ def spoiled(folder, target, name, number, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("model.layers.3.mlp.up_proj.weight", "the output of layer 3 is not finite, as its weight mlp.up_proj.weight holds NaN or infinity"),
+        (
+            "model.layers.3.mlp.up_proj.weight",
+            "the output of layer 3 is not finite, as its weight mlp.up_proj.weight holds NaN or infinity",
+        ),
         ("model.layers.0.input_layernorm.weight", "the output of layer 0 is not finite, as its weight input_layernorm.weight holds"),
         ("model.embed_tokens.weight", "the output of the embeddings is not finite, as its weight model.embed_tokens.weight holds"),
         ("model.norm.weight", "the output of the final norm or the head is not finite, as its weight model.norm.weight holds"),
@@ -304,7 +309,9 @@ def test_overflow_in_float16_is_told_from_a_bad_weight(tiny, batches, tmp_path):
     tensors["model.layers.2.mlp.up_proj.weight"] *= 3e4
     save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
     checkpoint = open_checkpoint(tmp_path / "m")
-    with pytest.raises(DowncycleError, match="the output of layer 2 is not finite: numbers grow beyond what float16 holds; try --load bf16"):
+    with pytest.raises(
+        DowncycleError, match="the output of layer 2 is not finite: numbers grow beyond what float16 holds; try --load bf16"
+    ):
         run_paths(Parts(checkpoint, dtype=torch.float16), batches, [WHOLE], States(tmp_path / "states"))
     run_paths(Parts(checkpoint, dtype=torch.float32), batches, [WHOLE], States(tmp_path / "wide"))
 
@@ -321,7 +328,9 @@ def test_code_that_comes_with_a_model_is_not_run(tiny, tmp_path):
     shutil.copytree(tiny(), tmp_path / "m")
     edit(tmp_path / "m", model_type="mine", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
     (tmp_path / "m" / "modeling_mine.py").write_text("raise SystemExit('it was run')\n")
-    with pytest.raises(DowncycleError, match="m: cannot be run layer by layer, as its Python code, which comes with it, is not run; choose"):
+    with pytest.raises(
+        DowncycleError, match="m: cannot be run layer by layer, as its Python code, which comes with it, is not run; choose"
+    ):
         Parts(open_checkpoint(tmp_path / "m", trust_remote_code=True))
 
 

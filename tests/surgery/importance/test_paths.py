@@ -77,7 +77,9 @@ def test_few_logits_are_made_at_once(tiny, batches, tmp_path, monkeypatch):
 # Each layer is read once, and run once for each prefix.
 
 
-@pytest.mark.parametrize("paths", [[WHOLE], ALONE, PATHS, [frozenset({0, 1})], [frozenset({3}) | {layer} for layer in (0, 1, 2, 4, 5, 6, 7)]])
+@pytest.mark.parametrize(
+    "paths", [[WHOLE], ALONE, PATHS, [frozenset({0, 1})], [frozenset({3}) | {layer} for layer in (0, 1, 2, 4, 5, 6, 7)]]
+)
 def test_the_work_is_what_is_counted(tiny, batches, tmp_path, paths):
     parts = Parts(open_checkpoint(tiny("gemma3_text")))
     parts.recall(["Tensor", 1])  # what a layer returns: learnt by running one, where the first is dropped on all paths
@@ -222,5 +224,7 @@ def test_what_observers_look_at_must_be_run(tiny, batches, tmp_path):
 def test_a_loss_that_is_not_finite_is_refused(tiny, batches, tmp_path, monkeypatch):
     logits = Parts.logits
     monkeypatch.setattr(Parts, "logits", lambda self, *given: logits(self, *given) - float("inf"))
-    with pytest.raises(DowncycleError, match="the output of the final norm or the head is not finite, though its weights are; try --load fp32"):
+    with pytest.raises(
+        DowncycleError, match="the output of the final norm or the head is not finite, though its weights are; try --load fp32"
+    ):
         run_paths(Parts(open_checkpoint(tiny())), batches, [WHOLE], States(tmp_path / "states"))

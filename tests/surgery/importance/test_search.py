@@ -158,9 +158,7 @@ def study(tiny, batches, tmp_path, monkeypatch):
     from downcycle.eval.scoring.study import Study
 
     monkeypatch.setenv("DOWNCYCLE_CACHE", str(tmp_path / "cache"))
-    samples = tuple(
-        Sample(batch.ids[row], batch.given[row], batch.documents[row]) for batch in batches for row in range(len(batch.ids))
-    )
+    samples = tuple(Sample(batch.ids[row], batch.given[row], batch.documents[row]) for batch in batches for row in range(len(batch.ids)))
     calibration = Calibration("text.txt", "0" * 64, "1" * 64, len(samples), 13, 0, samples, samples[:2])
     return lambda **options: Study(open_checkpoint(tiny()), "2" * 64, calibration, **options)
 

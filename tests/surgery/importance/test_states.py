@@ -194,7 +194,9 @@ def test_a_full_disk(tiny, batches, tmp_path):
     checkpoint, paths = open_checkpoint(tiny()), [WHOLE, *(frozenset({layer}) for layer in range(8))]
     with mounted(tmp_path / "disk", "size=200k"):
         states = States(tmp_path / "disk" / "states")
-        with pytest.raises(DowncycleError, match=r"disk/states: cannot hold the hidden states \(No space left on device; 0.0 GB free\); give"):
+        with pytest.raises(
+            DowncycleError, match=r"disk/states: cannot hold the hidden states \(No space left on device; 0.0 GB free\); give"
+        ):
             run_paths(Parts(checkpoint), batches, paths, states)
         begin, _ = states.finished()
         assert begin > 0
@@ -232,5 +234,7 @@ def test_a_disk_that_is_full_of_names(tmp_path, monkeypatch):
 
 def test_a_place_that_is_a_file(tmp_path):
     (tmp_path / "cache").write_text("not a folder")
-    with pytest.raises(DowncycleError, match=r"cache/states: cannot hold the hidden states \(Not a directory; .* or another place as DOWNCYCLE"):
+    with pytest.raises(
+        DowncycleError, match=r"cache/states: cannot hold the hidden states \(Not a directory; .* or another place as DOWNCYCLE"
+    ):
         States(Path(tmp_path / "cache" / "states")).put(1, WHOLE, 0, state())
