@@ -6,3 +6,7 @@ class DowncycleError(Exception):
 
     One line of text. Only the command line catches it, prints it and exits 1.
     """
+
+
+class UnsuitableError(DowncycleError):
+    """What was asked for can never be had of this model, whatever the machine: unlike other faults, it can be remembered."""

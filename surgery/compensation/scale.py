@@ -91,7 +91,7 @@ def dropped_runs(path: Dropped) -> list[tuple[int, int]]:
 
 
 def _checked(parts: Parts, run: tuple[int, int], factor: float) -> float:
-    if not (math.isfinite(factor) and factor > 0):
+    if not (math.isfinite(factor) and factor >= 0):
         raise DowncycleError(f"{parts.checkpoint.name}: hidden states grow {factor} times over {_layers(run)}; use other text")
     return factor
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..adapter.lowrank import FLOATS, to_torch
 from ..checkpoint import Span, Tensor
-from ..errors import DowncycleError
+from ..errors import UnsuitableError
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +26,14 @@ def find_stored(model: str, name: str, value: torch.Tensor, tensors: Mapping[str
     Args:
         model: its name, for errors. name: the weight's own, in its layer or in the model. tensors: where it may be, by name.
     Raises:
-        DowncycleError: none holds it as it is (a quantiser packed it, or loading rearranges it); or several do, and none has its name.
+        UnsuitableError: none holds it as it is (a quantiser packed it, or loading rearranges it); or several do, and none has its name.
     """
     same = [stored for stored, tensor in tensors.items() if holds(tensor, value)]
     named = [stored for stored in same if _alike(stored, name)]
     if found := named[:1] if named else same if len(same) == 1 else _experts(value, tensors) if not same else []:
         return found
     what = "several tensors hold" if same else "no tensor of it holds"
-    raise DowncycleError(f"{model}: {what} the values of {name} {list(value.shape)}, so that they cannot be changed; try --compensate none")
+    raise UnsuitableError(f"{model}: {what} the values of {name} {list(value.shape)}, so that they cannot be changed; try --compensate none")
 
 
 def holds(tensor: Tensor, value: torch.Tensor) -> bool:

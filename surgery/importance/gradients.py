@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DowncycleError
+from ..errors import UnsuitableError
 from . import metrics
 from .calibration import Batch
 from .parts import Parts, State
@@ -31,7 +31,7 @@ def taylor_scores(
         states: of the whole model, which `run_paths` kept. gradients: where those of the hidden states stand, depth 1 being behind the last
             layer; a killed run goes on from there.
     Raises:
-        DowncycleError: weights that cannot be differentiated, as they are packed.
+        UnsuitableError: weights that cannot be differentiated, as they are packed.
     """
     done, found = gradients.finished()
     found = found or []
@@ -90,7 +90,7 @@ def _differentiable(parts: Parts, number: int, layer: nn.Module) -> list[torch.T
     """Return the weights that count, each of which notes its gradient from now on."""
     for name, weight in layer.named_parameters():
         if not weight.is_floating_point() or weight.element_size() < 2 or hasattr(weight, "quant_state"):
-            raise DowncycleError(
+            raise UnsuitableError(
                 f"{parts.checkpoint.name}: layer {number}'s {name} is packed ({weight.dtype}), and has no gradient; choose by another rule"
             )
     return [weight.requires_grad_(True) for weight in layer.parameters() if metrics.counts(weight)]
