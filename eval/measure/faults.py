@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...surgery.checkpoint import Checkpoint
 from ...surgery.errors import DowncycleError
-from ...surgery.importance.parts import find_stack, why_not_finite
+from ...surgery.importance.parts import why_not_finite
+from ...surgery.importance.pruned import find_stack
 from ..origin import origin_of
 
 if TYPE_CHECKING:

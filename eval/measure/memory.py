@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from ...surgery.importance.trim import trim
 
 CLEAR_PEAK = "5"  # what /proc/PID/clear_refs takes to lower VmHWM to VmRSS (Linux: filesystems/proc)
 CGROUPS = Path("/sys/fs/cgroup")
@@ -48,8 +49,7 @@ def start_peak(device: str) -> int:
         for gpu in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(gpu)
         return held_memory(device)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # else freed memory of an earlier model serves the next one, which then seems small
+    trim()  # else freed memory of an earlier model serves the next one, which then seems small
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
     return held_memory(device)

@@ -1,8 +1,8 @@
 """Fit one decoder layer so that what leaves it comes closest to given hidden states. Knows no model and no other layer.
 
 Maps that write into the stream inside the layer (attention's output projection) are fitted first, to what the parent's stream is there,
-then those whose output leaves the layer (the MLP's), on what is left. Samples that are not fitted on decide between that, the latter alone, and
-the layer as it was: attention's projection in the last layer, say, may be fitted better and make the layer worse.
+then those whose output leaves the layer (the MLP's), on what is left. Samples that are not fitted on decide between that, the latter
+alone, and the layer as it was: attention's projection in the last layer, say, may be fitted better and make the layer worse.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Between = dict[str, "Tensor"]  # the stream where it enters a module, by the mod
 
 @dataclass(frozen=True)
 class Sample:
-    """What one batch is to become. run: takes the child's batch through the layer and returns what leaves it, [..., batch, tokens, width].
+    """What one batch is to become. run: takes the child's batch through the layer and returns what leaves it, [batch, tokens, width].
 
     wanted: what should leave it. between: what the parent's stream is inside. checked: [batch], samples that are not fitted on.
     """
@@ -45,7 +45,10 @@ def fit_layer(
     Args:
         dtypes: what the weight of each writer is stored in, to which it is rounded.
     """
-    inner, outer = [one for one in writers if one.at], [one for one in writers if not one.at]
+    if not writers:
+        return [], []
+    between = batches[0].between()  # the parent's layer may be of another kind, without such a place
+    inner, outer = [one for one in writers if one.at in between], [one for one in writers if not one.at]
     weights = {one.name: layer.get_parameter(f"{one.name}.weight") for one in writers}
     plain = {name: weight.detach().clone() for name, weight in weights.items()}
     tried: list[tuple[float, dict[str, Tensor], list[str]]] = []
@@ -84,7 +87,8 @@ def _fit(layer: nn.Module, writer: Writer, batches: Sequence[Sample], dtype: tor
         target = batch.between()[writer.at] if writer.at else batch.wanted()
         lacks = _rows((target - stream) / writer.coefficient, ~batch.checked)
         if writer.norm:
-            rows = _rows(gave, ~batch.checked)
+            bias = getattr(module, "bias", None)
+            rows = _rows(gave if bias is None else gave - bias, ~batch.checked)
             sums = sums or ChannelEquations(lacks.shape[-1], str(rows.device))
         else:
             rows = _rows(given, ~batch.checked)
@@ -128,11 +132,12 @@ def streams_at(layer: nn.Module, names: Sequence[str]) -> Iterator[Between]:
         return lambda module, args: seen.setdefault(name, args[0])
 
     with ExitStack() as hooks:
-        for name in names:
-            hooks.callback(layer.get_submodule(name).register_forward_pre_hook(look(name)).remove)
+        for name, module in layer.named_modules():
+            if name in names:
+                hooks.callback(module.register_forward_pre_hook(look(name)).remove)
         yield seen
 
 
 def _rows(values: Tensor, chosen: Tensor) -> Tensor:
-    """[..., batch, tokens, width] -> [rows, width] of the chosen samples."""
-    return values.movedim(-3, 0)[chosen].reshape(-1, values.shape[-1])
+    """[batch, tokens, width], or its first two as one -> [rows, width] of the chosen samples."""
+    return values.reshape(len(chosen), -1, values.shape[-1])[chosen].flatten(0, 1)

@@ -51,11 +51,11 @@ def find_writers(layer: nn.Module, run: Callable[[], Tensor]) -> list[Writer]:
         size = output.square().mean(-1).sqrt().median()  # a few tokens may be a thousand times as large as the others
         for name, module, norm in _maps(layer):
             given, gave = before.get(name, (None, None))
-            if given is None or gave is None or gave.shape != output.shape or not (norm or _is_affine(module, given, gave)):
+            if given is None or gave is None or not _as_many(gave, output) or not (norm or _is_affine(module, given, gave)):
                 continue
-            added = torch.randn(output.shape, generator=generator).to(output) * size
+            added = torch.randn(gave.shape, generator=generator).to(output) * size
             with _adding(module, added), _watching(layer) as after:
-                moved = run() - output
+                moved = (run() - output).reshape_as(added)
             offset = _offset(module, run, layer, name, gave) if norm else 0.0
             if coefficient := _moves(moved, added):
                 found.append(Writer(name, coefficient, "", norm, offset))
@@ -78,6 +78,11 @@ def _maps(layer: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
             yield name, module, True
 
 
+def _as_many(one: Tensor, other: Tensor) -> bool:
+    """Whether two hold vectors of the stream's width, and as many: some families make one row of batch and tokens inside their layers."""
+    return one.shape[-1] == other.shape[-1] and one.numel() == other.numel()
+
+
 def _is_affine(module: nn.Module, given: Tensor, gave: Tensor) -> bool:
     """Whether a map is what its weight and bias say: a subclass may round its weight, or what it is given."""
     weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
@@ -96,10 +101,10 @@ def _place(before: dict[str, Any], after: dict[str, Any], added: Tensor, gave: T
     """Find a module inside the layer whose input moved by just that, and is what entered the layer, and what the map gave."""
     for name, (given, _) in before.items():
         now = after.get(name, (None, None))[0]
-        if given is None or now is None or given.shape != gave.shape:
+        if given is None or now is None or now.shape != given.shape or not _as_many(given, gave):
             continue
-        if (coefficient := _moves(now - given, added)) and entered.shape == given.shape:
-            rest = given - coefficient * gave - entered
+        if (coefficient := _moves((now - given).reshape_as(added), added)) and _as_many(entered, gave):
+            rest = given.reshape_as(gave) - coefficient * gave - entered.reshape_as(gave)
             if float(rest.square().mean()) <= CLOSE**2 * float(given.square().mean()):
                 return coefficient, name
     return None

@@ -68,7 +68,7 @@ def refit(
         for done in range(begin, len(kept)):
             progress("refitting the layers", kept[done], parts.depth)
             own, target = parts.layer(kept[done], to_change=True), pair.target(done)
-            writers = find_writers(own, partial(_probe, parts, own, kept[done])) if target > done + 1 else []
+            writers = _writers(parts, own, kept[done]) if target > done + 1 else []
             for number in range(pair.parent.finished()[0], target):
                 layer = own if number == kept[done] else parts.layer(number)
                 _advance_parent(pair, number, layer, [one.at for one in writers if one.at] if number + 1 == target else [])
@@ -85,11 +85,22 @@ def refit(
     return Fitted(fitted, tuple(said))
 
 
-def _probe(parts: Parts, layer: nn.Module, number: int) -> Any:
-    """Run a layer on a few tokens' embeddings."""
-    after = parts.step(layer, number, probe_ids(parts), None)
-    assert after is not None
-    return after.hidden
+def _writers(parts: Parts, layer: nn.Module, number: int) -> list[Writer]:
+    """Find the writers of a layer by running it on a few tokens' embeddings."""
+
+    def probe() -> Any:
+        after = parts.step(layer, number, probe_ids(parts), None)
+        assert after is not None
+        return after.hidden
+
+    try:
+        passed_over = parts.entering(number, probe_ids(parts), None) is None
+        return [] if passed_over else find_writers(layer, probe)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:80]
+        raise DowncycleError(
+            f"{parts.checkpoint.name}: layer {number} cannot be run by itself ({said}), so that nothing can be fitted; try scale"
+        ) from error
 
 
 def _advance_parent(pair: Pair, number: int, layer: nn.Module, inside: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapter.lowrank import FLOATS
 from ..checkpoint import Tensor
 from ..choose import format_layers
-from ..errors import DowncycleError
+from ..errors import DowncycleError, UnsuitableError
 from ..importance.parts import Parts
 from ..importance.paths import Dropped
 from ..model import class_and_config
@@ -63,7 +63,7 @@ def scale(parts: Parts, path: Dropped, ratios: Sequence[Sequence[float]]) -> Fit
     Args:
         ratios: [i][j] is s of a run i..j-1 (see `observers.ChannelMagnitudes`).
     Raises:
-        DowncycleError: packed weights, or a family into whose weights no factor can be folded, with the part that stands in the way.
+        UnsuitableError: packed weights, or a family into whose weights no factor can be folded, with the part that stands in the way.
     """
     factors = {(i, j): _checked(parts, (i, j), ratios[i][j]) for i, j in dropped_runs(path)}
     if all(factor == 1 for factor in factors.values()):
@@ -91,7 +91,7 @@ def dropped_runs(path: Dropped) -> list[tuple[int, int]]:
 
 
 def _checked(parts: Parts, run: tuple[int, int], factor: float) -> float:
-    if not (math.isfinite(factor) and factor >= 0):
+    if not (math.isfinite(factor) and factor > 0):
         raise DowncycleError(f"{parts.checkpoint.name}: hidden states grow {factor} times over {_layers(run)}; use other text")
     return factor
 
@@ -111,7 +111,7 @@ def _unpacked(parts: Parts) -> Parts:
 
     config = parts.checkpoint.config
     if any("quantization_config" in section for section in (config, *(value for value in config.values() if isinstance(value, dict)))):
-        raise DowncycleError(f"{parts.checkpoint.name}: its weights are packed, and no factor goes into them; try --compensate none")
+        raise UnsuitableError(f"{parts.checkpoint.name}: its weights are packed, and no factor goes into them; try --compensate none")
     if "quantization_config" not in parts.options:
         return parts
     return Parts(parts.checkpoint, device=parts.device, dtype=torch.bfloat16)

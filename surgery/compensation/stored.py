@@ -33,7 +33,9 @@ def find_stored(model: str, name: str, value: torch.Tensor, tensors: Mapping[str
     if found := named[:1] if named else same if len(same) == 1 else _experts(value, tensors) if not same else []:
         return found
     what = "several tensors hold" if same else "no tensor of it holds"
-    raise UnsuitableError(f"{model}: {what} the values of {name} {list(value.shape)}, so that they cannot be changed; try --compensate none")
+    raise UnsuitableError(
+        f"{model}: {what} the values of {name} {list(value.shape)}, so that they cannot be changed; try --compensate none"
+    )
 
 
 def holds(tensor: Tensor, value: torch.Tensor) -> bool:

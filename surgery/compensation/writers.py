@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DowncycleError
+from ..errors import DowncycleError, UnsuitableError
 from ..importance.parts import Parts
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def layer_weights(parts: Parts, number: int, layer: nn.Module) -> list[Weight]:
     a norm (OLMo 2), those norms with s and every matrix before them with 1 / s.
 
     Raises:
-        DowncycleError: no such set of weights obeys the law.
+        UnsuitableError: no such set of weights obeys the law.
     """
     ids = probe_ids(parts)
     entered = parts.entering(number, ids, None)
@@ -97,7 +97,7 @@ def embedding_weights(parts: Parts) -> list[Weight]:
     """Return the weights of the frame that take s, so that what enters the first layer becomes s times what it was.
 
     Raises:
-        DowncycleError: no set of embeddings or norms does that.
+        UnsuitableError: no set of embeddings or norms does that.
     """
     from torch import nn
 
@@ -121,7 +121,7 @@ def head_weights(parts: Parts, tables: Sequence[Weight]) -> list[Weight]:
     A layer must have been run before.
 
     Raises:
-        DowncycleError: no norm makes the logits again what they were.
+        UnsuitableError: no norm makes the logits again what they were.
     """
     ids = probe_ids(parts)
     hidden = _resize(_first(parts, ids))
@@ -206,7 +206,8 @@ def _through(parts: Parts, layer: nn.Module, number: int, ids: Tensor, hidden: T
         with torch.no_grad(), _given(layer, hidden):
             state = parts.step(layer, number, ids, None)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise refusal(parts, f"layer {number} cannot be run by itself ({' '.join(str(error).split())[:80]})") from error
+        said = " ".join(str(error).split())[:80]  # that memory ran out, perhaps, which is not to be remembered of the model
+        raise DowncycleError(str(refusal(parts, f"layer {number} cannot be run by itself ({said})"))) from error
     if state is None:
         raise refusal(parts, f"layer {number} is not always run")
     return state.hidden
@@ -259,7 +260,7 @@ def _close(found: Tensor, wanted: Tensor, like: Tensor, part: Tensor | None = No
     return far <= (EXACT if like.element_size() > 2 else ROUNDED) * size + 1e-6 * whole
 
 
-def refusal(parts: Parts, why: str) -> DowncycleError:
+def refusal(parts: Parts, why: str) -> UnsuitableError:
     """Return the error of a model into whose weights no factor can be folded."""
     kind = parts.checkpoint.config.get("model_type")
-    return DowncycleError(f"{parts.checkpoint.name}: scale cannot be folded into a {kind} model, as {why}; try --compensate refit or none")
+    return UnsuitableError(f"{parts.checkpoint.name}: scale cannot be folded into a {kind} model, as {why}; try --compensate refit or none")

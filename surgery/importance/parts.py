@@ -7,8 +7,8 @@ stock `from_pretrained`, so that its conversions and quantisers apply. Knows no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,9 @@ from ..checkpoint import Checkpoint, Tensor
 from ..errors import DowncycleError
 from ..families import is_native
 from ..model import class_and_config, from_tensors
-from ..stack import OTHER_TOWERS, Stack, split_layers
+from ..stack import Stack, split_layers
+from .pruned import frame_class, layer_class
+from .trim import trim
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +77,7 @@ class Parts:
         self._layers = [{names[id(tensor)]: tensor for tensor in layer.values()} for layer in stack.layers]
         self._rest = stack.rest
         self._kept: dict[int, nn.Module] = {}
+        self._bare: list[Any] = []
         self._ties: dict[str, str] = {}
         self._frame: Any = None
         self._shape: tuple[str, int] | None = None  # what a layer of this family returns: tensor, tuple or list, and of how many
@@ -85,7 +88,7 @@ class Parts:
             return deepcopy(self.layer(number))
         if number not in self._kept:
             part = self._load(number, self.layer_tensors(number))
-            layer = part.get_submodule(f"{part.stack_name}.{number}")
+            layer = part.get_submodule(part.stack_name)._modules.pop(str(number))  # the rest may live on until Python collects its garbage
             self.loads += 1
             if not self.resident:
                 return layer
@@ -210,7 +213,8 @@ class Parts:
         """Load the frame (None) or the part that holds one layer."""
         import torch
 
-        part = _frame_class(self._class, self.depth) if number is None else _layer_class(self._class, self.depth, number)
+        trim()
+        part = frame_class(self._class, self.depth) if number is None else layer_class(self._class, self.depth, number, self._bare)
         try:
             with torch.inference_mode(False), _quiet():  # weights that are made in inference mode can never have gradients
                 model = from_tensors(part, self._config, tensors, self.checkpoint.name, **self.options)
@@ -245,17 +249,6 @@ def why_not_finite(part: nn.Module) -> str:
     return ", though its weights are; try --load fp32, and check how the model was made"
 
 
-def find_stack(model: nn.Module, depth: int) -> str:
-    """Return the name of the list of decoder layers: of those as long as the model is deep, in no other tower, the one that weighs most."""
-    from torch.nn import ModuleList
-
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, ModuleList) and len(module) == depth}
-    text = {name: module for name, module in lists.items() if not OTHER_TOWERS.search(name)} or lists
-    if not text:
-        raise DowncycleError(f"{type(model).__name__}: has no list of {depth} decoder layers, and so cannot be run layer by layer")
-    return max(text, key=lambda name: sum(weight.numel() for weight in text[name].parameters()))
-
-
 def _check(checkpoint: Checkpoint, stack: Stack) -> None:
     """Refuse a model that cannot be taken apart."""
     why = ""
@@ -284,73 +277,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _frame_class(model_class: Any, depth: int) -> Any:
-    """Derive the class of a model whose decoder layers are empty; the real ones, without weights, lie in `stand_ins`."""
-
-    def make(self: Any) -> None:
-        self.stack_name = find_stack(self, depth)
-        self.ties = dict(self.get_expanded_tied_weights_keys(all_submodels=True))
-        stack = self.get_submodule(self.stack_name)
-        object.__setattr__(self, "stand_ins", list(stack))  # no submodules, so that nothing is loaded into them
-        stack._modules.clear()
-        self.all_tied_weights_keys = {name: source for name, source in self.ties.items() if _has(self, name) and _has(self, source)}
-
-    return _derive(model_class, make)
-
-
-def _layer_class(model_class: Any, depth: int, number: int) -> Any:
-    """Derive the class of a model of which nothing but one decoder layer is left."""
-
-    def make(self: Any) -> None:
-        self.stack_name = find_stack(self, depth)
-        _strip(self, "", f"{self.stack_name}.{number}")
-        self.all_tied_weights_keys = {}
-
-    def tie_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    return _derive(model_class, make, tie_weights=tie_weights)
-
-
-def _derive(model_class: Any, make: Callable[[Any], None], **methods: Any) -> Any:
-    """Derive a class that transformers takes for the original, and that is pruned as soon as it is made, before weights are loaded."""
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(self, *args, **kwargs)
-        make(self)
-
-    names = ("__module__", "__qualname__", "config_class")
-    body = {name: getattr(model_class, name) for name in names} | {"__init__": __init__} | methods
-    return type(model_class.__name__, (model_class,), body)
-
-
-def _strip(module: Any, path: str, kept: str) -> None:
-    """Take out every module that neither holds the kept one nor lies in it."""
-    from torch import nn
-
-    gone = nn.Module()
-    for name, child in list(module.named_children()):
-        here = f"{path}.{name}".lstrip(".")
-        if kept.startswith(f"{here}."):
-            _strip(child, here, kept)
-        elif here != kept and isinstance(module, nn.ModuleList):
-            del module._modules[name]
-        elif here != kept:
-            module._modules[name] = gone
-    module._parameters.update(dict.fromkeys(module._parameters))
-    if own := getattr(module, "_init_weights", None):
-        module._init_weights = partial(_init_what_is_left, own)
-
-
-def _init_what_is_left(own: Callable[[Any], None], module: Any) -> None:
-    """Fill what no file holds, such as rotary frequencies; what is gone cannot be."""
-    with suppress(AttributeError):
-        own(module)
-
-
-def _has(model: Any, name: str) -> bool:
-    with suppress(AttributeError):
-        return model.get_parameter_or_buffer(name) is not None
-    return False

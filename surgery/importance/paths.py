@@ -13,6 +13,7 @@ from ..errors import DowncycleError
 from .calibration import Batch
 from .parts import Parts, State, why_not_finite
 from .states import States
+from .trim import trim
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 Dropped = frozenset[int]  # a path: the layers that it leaves out
 WHOLE: Dropped = frozenset()
-LOGITS = {"cpu": 1 << 26, "cuda": 1 << 30}  # bytes of float32 logits that are made at once
+LOGITS = {"cpu": 1 << 24, "cuda": 1 << 30}  # bytes of float32 logits that are made at once
 Progress = Callable[[str, int, int], None]
 
 
@@ -84,6 +85,7 @@ def run_paths(
             seen = {"observers": [observer.notes() for observer in observers], "parts": parts.notes()}
             states.finish(number + 1, seen, keep_states)
         progress(what, parts.depth, parts.depth)
+        trim()
         losses = {path: list(_path_losses(parts, batches, path, states)) for path in paths}
         parts.release()
     return losses

@@ -72,7 +72,7 @@ class Whole:
         """Return h_0 ... h_L, all before the final norm."""
         import torch
 
-        from downcycle.surgery.importance.parts import find_stack
+        from downcycle.surgery.importance.pruned import find_stack
 
         last = []
         layers = self.model.get_submodule(find_stack(self.model, self.model.config.num_hidden_layers))

@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 from downcycle.surgery.checkpoint import open_checkpoint  # noqa: E402
 from downcycle.surgery.errors import DowncycleError  # noqa: E402
 from downcycle.surgery.importance.calibration import Batch  # noqa: E402
-from downcycle.surgery.importance.parts import Parts, find_stack  # noqa: E402
+from downcycle.surgery.importance.parts import Parts  # noqa: E402
 from downcycle.surgery.importance.paths import WHOLE, run_paths  # noqa: E402
+from downcycle.surgery.importance.pruned import find_stack  # noqa: E402
 from downcycle.surgery.importance.states import States  # noqa: E402
 from downcycle.surgery.layers import keep_layers  # noqa: E402
 

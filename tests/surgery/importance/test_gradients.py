@@ -7,8 +7,9 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 
 from downcycle import DowncycleError, open_checkpoint  # noqa: E402
 from downcycle.surgery.importance.gradients import taylor_scores  # noqa: E402
-from downcycle.surgery.importance.parts import Parts, find_stack  # noqa: E402
+from downcycle.surgery.importance.parts import Parts  # noqa: E402
 from downcycle.surgery.importance.paths import WHOLE, run_paths  # noqa: E402
+from downcycle.surgery.importance.pruned import find_stack  # noqa: E402
 from downcycle.surgery.importance.states import States  # noqa: E402
 
 from tiny_models import DEPTH  # noqa: E402

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from downcycle import DowncycleError, keep_layers, load_model, open_checkpoint, write  # noqa: E402
 from downcycle.surgery.checkpoint import Tensor  # noqa: E402
-from downcycle.surgery.importance.parts import Parts, find_stack  # noqa: E402
+from downcycle.surgery.importance.parts import Parts  # noqa: E402
 from downcycle.surgery.importance.paths import WHOLE, run_paths  # noqa: E402
+from downcycle.surgery.importance.pruned import find_stack  # noqa: E402
 from downcycle.surgery.importance.states import States  # noqa: E402
 
 from hub_server import connected  # noqa: E402
@@ -134,9 +135,9 @@ def test_a_computed_weight_of_a_layer_and_of_the_rest(tiny):
 
 def test_a_merged_adapter_that_was_never_written(tmp_path):
     pytest.importorskip("peft")
-    from downcycle import merge_adapter
-
     import tiny_adapters
+
+    from downcycle import merge_adapter
 
     base, adapter = tiny_adapters.make(tmp_path, "llama", target_modules=["q_proj", "down_proj", "lm_head"])
     merged = merge_adapter(open_checkpoint(base), adapter)
