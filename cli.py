@@ -11,7 +11,7 @@ import typer
 
 from .eval import commands as eval_commands
 from .eval.scoring import commands as scoring
-from .eval.scoring.commands import SAMPLES, SEED, Calibrate, Length, Measuring, Protect, Samples, Seed, choose_child, rule_names
+from .eval.scoring.commands import SAMPLES, SEED, Calibrate, Length, Load, Measuring, Protect, Samples, Seed, choose_child, rule_names
 from .recipes import commands as recipe_commands
 from .recipes.commands import RECIPE
 from .recipes.presets import PRESETS
@@ -68,6 +68,7 @@ def cut(
     samples: Samples = SAMPLES,
     length: Length = None,
     seed: Seed = SEED,
+    load: Load = "stored",
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Child folder [default: the parent's name, size replaced].")] = None,
     revision: Revision = None,
     recipe: Annotated[str, typer.Option(metavar="PRESET|none", help=f"Recipe that heals the child, as {RECIPE} in it.")] = "qlora",
@@ -96,7 +97,9 @@ def cut(
     if layers is not None:
         refuse_given(context, ["select", "protect"], "chooses for --keep; with --layers you choose")
     if compensate == "none" and (layers is not None or select in RULES):
-        refuse_given(context, ["calibrate", "protect", "samples", "length", "seed"], "is for rules that measure, and for --compensate")
+        refuse_given(
+            context, ["calibrate", "protect", "samples", "length", "seed", "load"], "is for rules that measure, and for --compensate"
+        )
     if recipe not in ("none", *PRESETS):
         raise DowncycleError(f"--recipe {recipe}: no such preset; choose one of {', '.join(PRESETS)}, or none")
     parent = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
@@ -104,7 +107,7 @@ def cut(
         keep_what: int | list[int] = parse_count(keep or "", "--keep")
     else:
         keep_what, select = parse_layers(layers, parent.num_layers), "layers"
-    measuring = Measuring(calibrate, samples, length, seed, protect, trust_remote_code=trust_remote_code)
+    measuring = Measuring(calibrate, samples, length, seed, protect, load, trust_remote_code=trust_remote_code)
     child, notes = choose_child(parent, keep_what, select, compensate, measuring, as_json)
     kept = child.lineage["layers"]
     target = child_name(parent, child) if out is None else out

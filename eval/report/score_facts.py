@@ -131,6 +131,7 @@ def cut_command(scores: Scores, choice: Choice, way: str = CUT) -> list[str]:
     words += ["--keep", str(scores.keep), "--select", choice.rule]
     if (measured := choice.rule not in RULES) or way != CUT:
         words += _calibration_words(scores.calibration)
+        words += [] if scores.load == "stored" else ["--load", scores.load]
     words += ["--protect", format_layers(list(scores.protect)) or "none"] if measured and scores.protect is not None else []
     return words + ([] if way == CUT else ["--compensate", way])
 

@@ -32,6 +32,7 @@ Seed = Annotated[int, typer.Option(metavar="N", help="Draws the pieces.")]
 Protect = Annotated[
     str | None, typer.Option(metavar="LIST", help="Layers that a measuring rule must keep, like 0-3,31, or none [default: the rule's own].")
 ]
+Load = Annotated[str, typer.Option(metavar="HOW", help="Weights as layers are measured: stored, bf16, fp32, int8 or nf4.")]
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def score(
     samples: Samples = SAMPLES,
     length: Length = None,
     seed: Seed = SEED,
-    load: Annotated[str, typer.Option(metavar="HOW", help="Weights: stored, bf16, fp32, int8 or nf4.")] = "stored",
+    load: Load = "stored",
     report: Annotated[Path | None, typer.Option(metavar="DIR", help="Write report.html, scores.json and figures here.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,

@@ -25,7 +25,7 @@ from ..measure.memory import free_memory
 TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch; more at once is no faster
 ENDS = {"fp32": 4, "bf16": 2, "int8": 2, "nf4": 2}  # bytes of a weight of the embeddings and the head
 RESIDENT = 0.5  # of a GPU's free memory: a model that takes no more stays loaded
-SMALL = 1 << 28  # bytes of a model that stays loaded on a CPU, where the kernel keeps the files of larger ones in memory as far as it has any
+SMALL = 1 << 28  # bytes of a model that stays loaded on a CPU; of larger ones the kernel keeps the files in memory as far as it has any
 Progress = Callable[[str, int, int], None]
 
 

@@ -122,9 +122,7 @@ def print_work() -> None:
     for depth in (12, 32):
         paths = [WHOLE, *(frozenset({layer}) for layer in range(depth))]
         (loads, runs), naive = count_work(depth, paths), count_naive(depth, paths)
-        print(
-            f"leave one out of {depth}: {loads} layers loaded, {runs} runs; naive {naive} and {naive}: {naive / loads:.0f} x, {naive / runs:.1f} x"
-        )
+        print(f"leave one out of {depth}: {loads} layers loaded, {runs} run; naive {naive}: {naive / loads:.0f} x, {naive / runs:.1f} x")
     one = study(samples=8)
     began = time.perf_counter()
     found = fit_losses(one, alone(one), "scoring the layers")

@@ -119,7 +119,7 @@ def test_heights_go_from_the_least_to_the_most():
 
 
 def test_commands_can_be_typed():
-    scores = make_scores(32, model="my models/it's", revision=None)
+    scores = make_scores(32, model="my models/it's", revision=None, load="stored")
     chosen = {one.rule: one for one in scores.choices}
     said = shlex.join(cut_command(scores, chosen["bi"], "refit"))
     assert said.startswith("downcycle --src 'my models/it'\"'\"'s' --keep 24 --select bi --calibrate fineweb-calibration.parquet ")
@@ -129,8 +129,11 @@ def test_commands_can_be_typed():
     assert cut_command(scores, chosen["first"], "scale")[-4:] == ["--seed", "42", "--compensate", "scale"]
     assert "--protect" not in cut_command(scores, chosen["first"], "scale")
     assert "--compensate" not in cut_command(scores, chosen["ppl"])
-    plain = make_scores(4, calibration={"text": "built-in text to heal on", "samples": 8, "length": 512, "seed": 0}, protect=())
+    text = {"text": "built-in text to heal on", "samples": 8, "length": 512, "seed": 0}
+    plain = make_scores(4, calibration=text, protect=None, load="stored")
     assert shlex.join(cut_command(plain, plain.choices[0])).endswith(" --keep 3 --select bi --calibrate demo --samples 8")
+    assert cut_command(dataclasses.replace(plain, protect=()), plain.choices[0])[-2:] == ["--protect", "none"]
+    assert cut_command(dataclasses.replace(plain, load="nf4"), plain.choices[0])[-2:] == ["--load", "nf4"]
     assert cut_command(make_scores(32), chosen["ppl"])[3:5] == ["--revision", make_scores(32).revision]
 
 

@@ -112,10 +112,10 @@ def test_norm_is_fitted_channel_by_channel(family, name, offset):
 def test_attention_is_fitted_to_the_stream_between():
     layer = Layer("llama")
     writers = [Writer("self_attn.o_proj", 1.0, "post_attention_layernorm"), Writer("mlp.down_proj", 1.0)]
-    weight = layer.layer.self_attn.o_proj.weight
-    kept, places = weight.clone(), []
+    weight, given = layer.layer.self_attn.o_proj.weight, layer.seen("self_attn.o_proj")[0]
+    kept, streams = weight.clone(), layer.seen("post_attention_layernorm")[0]
     weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
-    wanted = []
+    lacks, wanted, places = layer.seen("post_attention_layernorm")[0] - streams, [], []
     for place in range(2):
         with streams_at(layer.layer, ["post_attention_layernorm", "no such module"]) as seen:
             wanted.append(layer.run(place))
@@ -126,6 +126,9 @@ def test_attention_is_fitted_to_the_stream_between():
     before = layer.error(wanted, CHECKED)
     changed, _ = fit_layer(layer.layer, writers, batches, {one.name: torch.float32 for one in writers})
     assert changed == ["self_attn.o_proj", "mlp.down_proj"] and layer.error(wanted, CHECKED) < 0.05 * before
+    gram = given.T @ given
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    torch.testing.assert_close((weight - kept).double().T, torch.linalg.solve(gram + ridge, given.T @ lacks), rtol=1e-3, atol=1e-4)
 
 
 def test_inner_map_is_left_where_the_parent_has_no_such_place():
