@@ -29,7 +29,7 @@ EXPECTED = {
     ("falcon", 1): [Writer("self_attention.dense", 1.0), Writer("mlp.dense_4h_to_h", 1.0)],
     ("phi", 1): [Writer("self_attn.dense", 1.0), Writer("mlp.fc2", 1.0)],
     ("opt", 1): [Writer("self_attn.out_proj", 1.0, "final_layer_norm"), Writer("fc2", 1.0)],  # fc2 sees batch and tokens as one
-    ("longcat_flash", 1): [Writer("self_attn.0.o_proj", 1.0, "post_attention_layernorm.0"), Writer("mlps.1.down_proj", 1.0)],
+    ("longcat_flash", 5): [Writer("self_attn.0.o_proj", 1.0, "post_attention_layernorm.0"), Writer("mlps.1.down_proj", 1.0)],
     ("mamba2", 3): [Writer("mixer.out_proj", 1.0)],
     ("deepseek_v3", 0): LLAMA,
     ("deepseek_v3", 4): SHARED,
