@@ -9,7 +9,7 @@ from typing import Any
 from ...surgery.checkpoint import Checkpoint
 from ...surgery.choose import format_layers
 from ...surgery.compensation.fold import Fitted, keep_compensated, open_fitted, save_fitted, with_fitted
-from ...surgery.errors import DowncycleError
+from ...surgery.errors import DowncycleError, UnsuitableError
 from ...surgery.importance.paths import Dropped
 from ...surgery.importance.scores import Loss
 from ...surgery.layers import keep_layers
@@ -43,6 +43,8 @@ def compensated(study: Study, path: Dropped, method: str) -> Outcome:
         outcome = _fit(study, path, method)
     except DowncycleError as error:
         outcome = Outcome(refused=str(error))
+        if not isinstance(error, UnsuitableError):
+            return outcome  # may go another time
     study.keep(asdict(outcome), *place)
     return outcome
 
@@ -50,6 +52,8 @@ def compensated(study: Study, path: Dropped, method: str) -> Outcome:
 def _fit(study: Study, path: Dropped, method: str) -> Outcome:
     file = cache_folder() / "fitted" / f"{study.content[:16]}-{study.key[:16]}" / f"{method}-{format_layers(sorted(path))}.safetensors"
     fitted = _fitted(study, path, method)
+    if not fitted.tensors:
+        return Outcome(held_out_losses(study, [path])[path])
     save_fitted(file, fitted.tensors)
     parent = with_fitted(study.checkpoint, open_fitted(file))
     loss = held_out_loss(study, path, replace(study, checkpoint=parent, content=content_digest(parent)))

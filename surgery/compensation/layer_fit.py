@@ -74,8 +74,10 @@ def fit_layer(
 
 
 def _error(batches: Sequence[Sample]) -> float:
-    """The squared distance from what is wanted, on the samples that are not fitted on."""
-    return sum(float((_rows(batch.run() - batch.wanted(), batch.checked)).double().square().sum()) for batch in batches)
+    """The squared distance from what is wanted, on the samples that are not fitted on; on all, where they are too few to leave one out."""
+    few = not any(bool(batch.checked.any()) for batch in batches)
+    lacks = (_rows(batch.run() - batch.wanted(), batch.checked | few) for batch in batches)
+    return sum(float(some.double().square().sum()) for some in lacks)
 
 
 def _fit(layer: nn.Module, writer: Writer, batches: Sequence[Sample], dtype: torch.dtype) -> str:

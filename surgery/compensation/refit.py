@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Tensor
-from ..errors import DowncycleError
+from ..errors import DowncycleError, UnsuitableError
 from ..importance.calibration import Batch
 from ..importance.parts import Parts, State
 from ..importance.paths import WHOLE, Dropped, Progress, to_ids
@@ -51,19 +51,19 @@ class Pair:
 def refit(
     parts: Parts, batches: Sequence[Batch], path: Dropped, states: States, progress: Progress = lambda what, done, total: None
 ) -> Fitted:
-    """Return fitted weights of kept layers, rounded once to the dtype that they are stored in.
+    """Return fitted weights of kept layers, rounded once to the dtype that they are stored in; none, where no fit brings a layer closer.
 
     Args:
         path: the layers that are dropped. states: where hidden states stand; a killed run goes on after the last fitted layer.
     Raises:
-        DowncycleError: packed weights, or a family none of whose maps writes into the residual stream so that it can be fitted.
+        UnsuitableError: packed weights, or a family none of whose maps writes into the residual stream so that it can be fitted.
     """
     import torch
 
     kept = [layer for layer in range(parts.depth) if layer not in path]
     pair = Pair(parts, batches, kept, states.part("parent"), states.part("child"))
     begin, notes = pair.child.finished()
-    fitted, said = notes or ({}, [])
+    fitted, said, possible = notes or ({}, [], False)
     with torch.inference_mode():
         for done in range(begin, len(kept)):
             progress("refitting the layers", kept[done], parts.depth)
@@ -74,13 +74,12 @@ def refit(
                 _advance_parent(pair, number, layer, [one.at for one in writers if one.at] if number + 1 == target else [])
             found, remarks = _fit(pair, done, own, writers)
             _advance_child(pair, done, own, plain=target == done + 1)
-            fitted, said = fitted | found, said + remarks
-            pair.child.finish(done + 1, (fitted, said))
+            fitted, said, possible = fitted | found, said + remarks, possible or bool(writers)
+            pair.child.finish(done + 1, (fitted, said, possible))
     parts.release()
-    if path and not fitted:
-        raise DowncycleError(
-            f"{parts.checkpoint.name}: no fit brings a layer closer to the parent, or no layer has a map whose output is added to the "
-            "hidden states as it is; try --compensate scale"
+    if path and not possible:
+        raise UnsuitableError(
+            f"{parts.checkpoint.name}: none of the layers to fit has a map whose output is added to the hidden states as it is; try scale"
         )
     return Fitted(fitted, tuple(said))
 
