@@ -22,7 +22,8 @@ from ..machine import release_of
 from ..measure.loading import WORKING, fetch, load_options
 from ..measure.memory import free_memory
 
-TOKENS = {"cpu": 1024, "cuda": 16384}  # in a batch; more at once is no faster
+NUMBERS = {"cpu": 1 << 23, "cuda": 1 << 28}  # that a batch makes of the widest matrix of a layer
+TOKENS = 8192  # in a batch at most; more at once is no faster
 ENDS = {"fp32": 4, "bf16": 2, "int8": 2, "nf4": 2}  # bytes of a weight of the embeddings and the head
 RESIDENT = 0.5  # of a GPU's free memory: a model that takes no more stays loaded
 SMALL = 1 << 28  # bytes of a model that stays loaded on a CPU; of larger ones the kernel keeps the files in memory as far as it has any
@@ -66,7 +67,8 @@ class Study:
         return self._batches(self.calibration.held_out)
 
     def _batches(self, samples: Sequence[Sample]) -> list[Batch]:
-        return make_batches(samples, TOKENS[self.device.partition(":")[0]])
+        widest = max(size for layer in split_layers(self.checkpoint).layers for tensor in layer.values() for size in tensor.shape)
+        return make_batches(samples, min(TOKENS, NUMBERS[self.device.partition(":")[0]] // widest))
 
     @cached_property
     def key(self) -> str:
