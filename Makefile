@@ -33,6 +33,7 @@ bench: .venv/all .venv-light/test
 	.venv/bin/python tests/benchmarks/merge.py --axolotl .venv/bin/axolotl
 	.venv/bin/python tests/benchmarks/data.py
 	.venv/bin/python tests/benchmarks/evaluate.py
+	.venv/bin/python tests/benchmarks/score.py
 
 clean:
 	rm -rf .venv .venv-light build *.egg-info
