@@ -96,10 +96,10 @@ def cut(
         raise typer.BadParameter("give either --keep N or --layers LIST", context)
     if layers is not None:
         refuse_given(context, ["select", "protect"], "chooses for --keep; with --layers you choose")
+    if select in RULES:
+        refuse_given(context, ["protect"], f"is for rules that measure, and --select {select} does not")
     if compensate == "none" and (layers is not None or select in RULES):
-        refuse_given(
-            context, ["calibrate", "protect", "samples", "length", "seed", "load"], "is for rules that measure, and for --compensate"
-        )
+        refuse_given(context, ["calibrate", "samples", "length", "seed", "load"], "is for rules that measure, and for --compensate")
     if recipe not in ("none", *PRESETS):
         raise DowncycleError(f"--recipe {recipe}: no such preset; choose one of {', '.join(PRESETS)}, or none")
     parent = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)

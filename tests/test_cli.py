@@ -494,3 +494,48 @@ def test_a_cut_without_a_parent_is_told_what_is_missing(downcycle):
     answer = downcycle("--keep", "3")
     assert (answer.code, answer.out) == (2, "")
     assert "give the parent with --src SRC" in answer.err
+
+
+# What measures. All else of it is tested where torch is: in tests/eval/scoring/
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--keep", "4", "--calibrate", "demo"], "--calibrate is for rules that measure, and for --compensate"),
+        (["--layers", "0-3", "--seed", "1"], "--seed is for rules that measure, and for --compensate"),
+        (["--keep", "4", "--select", "even", "--protect", "0"], "--protect is for rules that measure, and --select even does not"),
+        (["--keep", "4", "--compensate", "refit", "--calibrate", "demo", "--protect", "0"], "--select first does not"),
+        (["--layers", "0-3", "--protect", "0"], "--protect chooses for --keep; with --layers you choose"),
+        (["--keep", "4", "--select", "bi", "--samples", "many"], "Invalid value for '--samples'"),
+    ],
+)
+def test_options_that_nothing_measures_by(downcycle, model, tree, tmp_path, options, says):
+    before = tree(tmp_path)
+    code, out, err = downcycle("--src", model, *options)
+    assert (code, out) == (2, "") and says in " ".join(err.split())
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--keep", "4", "--select", "ppl"], "--select ppl: measures the model on a text; give one with --calibrate TEXT"),
+        (["--keep", "4", "--compensate", "refit"], "--compensate refit: measures the model on a text"),
+        (["--layers", "0-3", "--compensate", "hope"], "--compensate hope: no such method; choose scale, refit, or none"),
+        (["--keep", "4", "--select", "bi", "--calibrate", "demo", "--protect", "8"], "--protect 8: layer 8 does not exist"),
+        (["--keep", "9", "--select", "bi", "--calibrate", "demo"], "--keep 9: the model has 8 layers; keep between 1 and 8"),
+        (["--keep", "9", "--select", "even", "--compensate", "refit", "--calibrate", "demo"], "--keep 9: the model has 8 layers"),
+        (["--keep", "2", "--select", "ppl", "--calibrate", "demo", "--protect", "0-2"], "3 layers must stay, but --keep 2 keeps fewer"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(refused, model, options, says):
+    assert says in refused("--src", model, *options)
+
+
+@pytest.mark.parametrize(
+    "command", [("score",), ("--keep", "4", "--select", "bi", "--src"), ("--keep", "4", "--compensate", "scale", "--src")]
+)
+def test_measuring_without_torch_names_what_to_install(refused, model, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "needs torch and transformers: pip install 'downcycle[eval]'" in refused(*command, model, "--calibrate", "demo")

@@ -14,7 +14,7 @@ from ...surgery.choose import RULES as WITHOUT_DATA
 from ...surgery.choose import choose
 from ...surgery.compensation.fold import CALIBRATION, METHODS
 from ...surgery.errors import DowncycleError
-from ...surgery.importance.rules import RULES, find_rule, parse_protected
+from ...surgery.importance.rules import RULES, find_rule, parse_protected, protected_layers
 from ...surgery.layers import keep_layers
 from ...terminal import Json, Revision, Src, Trust, parse_count, print_json, stage_bar
 
@@ -72,6 +72,8 @@ def choose_child(
     from .compensated import calibration_facts, compensate
 
     protect = None if measuring.protect is None else parse_protected(measuring.protect, parent.num_layers)
+    if isinstance(keep, int):  # what cannot be kept is refused before a text is read
+        protected_layers(rule if measured else "bi", parent.num_layers, keep, protect)
     with stage_bar(quiet) as say:
         study = replace(open_study(parent, measuring), progress=say)
         kept = choose_layers(study, rule, keep, protect) if isinstance(keep, int) else keep
@@ -133,6 +135,7 @@ def score(
     depth = checkpoint.num_layers
     count = depth - depth // 4 if keep is None else parse_count(keep, "--keep")
     protected = None if protect is None else parse_protected(protect, depth)
+    protected_layers("bi", depth, count, protected)
     measuring = Measuring(calibrate, samples, length, seed, protect, load, trust_remote_code=trust_remote_code)
     with stage_bar(as_json) as say:
         scores = measure_all(replace(open_study(checkpoint, measuring), progress=say), count, protected, methods)

@@ -12,6 +12,7 @@ from ...surgery.compensation.fold import Fitted, keep_compensated, open_fitted, 
 from ...surgery.errors import DowncycleError, UnsuitableError
 from ...surgery.importance.paths import Dropped
 from ...surgery.importance.scores import Loss
+from ...surgery.importance.states import States
 from ...surgery.layers import keep_layers
 from ..content import cache_folder, content_digest
 from .measure import HIDDEN, held_out_loss, held_out_losses, measure
@@ -51,26 +52,30 @@ def compensated(study: Study, path: Dropped, method: str) -> Outcome:
 
 def _fit(study: Study, path: Dropped, method: str) -> Outcome:
     file = cache_folder() / "fitted" / f"{study.content[:16]}-{study.key[:16]}" / f"{method}-{format_layers(sorted(path))}.safetensors"
-    fitted = _fitted(study, path, method)
+    states = study.states("fit", sorted(path))
+    try:
+        fitted = _fitted(study, path, method, states)
+    except UnsuitableError:
+        states.clear()
+        raise
     if not fitted.tensors:
+        states.clear()
         return Outcome(held_out_losses(study, [path])[path])
     save_fitted(file, fitted.tensors)
     parent = with_fitted(study.checkpoint, open_fitted(file))
     loss = held_out_loss(study, path, replace(study, checkpoint=parent, content=content_digest(parent)))
+    states.clear()  # not before, as a run that is killed on the way fits nothing again
     return Outcome(loss, file=str(file), notes=tuple(fitted.notes))
 
 
-def _fitted(study: Study, path: Dropped, method: str) -> Fitted:
+def _fitted(study: Study, path: Dropped, method: str, states: States) -> Fitted:
     if method == "scale":
         from ...surgery.compensation.scale import scale
 
         return scale(study.parts, path, measure(study, HIDDEN)[HIDDEN]["ratios"])
     from ...surgery.compensation.refit import refit
 
-    states = study.states("fit", sorted(path))
-    fitted = refit(study.parts, study.fit, path, states, study.progress)
-    states.clear()
-    return fitted
+    return refit(study.parts, study.fit, path, states, study.progress)
 
 
 def compensate(study: Study, kept: list[int], rule: str, method: str) -> tuple[Checkpoint, list[str]]:
@@ -79,14 +84,19 @@ def compensate(study: Study, kept: list[int], rule: str, method: str) -> tuple[C
     Raises:
         DowncycleError: the method cannot be used on this model.
     """
+    if kept != sorted(set(kept)):
+        raise DowncycleError(
+            f"--compensate {method}: needs layers in their order, each once, and {format_layers(kept)} are not; leave --compensate out"
+        )
+    plain_child = keep_layers(study.checkpoint, kept, rule)
     path = frozenset(range(study.checkpoint.num_layers)) - frozenset(kept)
     if not path:
-        return keep_layers(study.checkpoint, kept, rule), ["no layer is dropped, and so nothing is compensated for"]
+        return plain_child, ["no layer is dropped, and so nothing is compensated for"]
     outcome, plain = compensated(study, path, method), held_out_losses(study, [path])[path]
     if outcome.loss is None:
         raise DowncycleError(f"--compensate {method}: {outcome.refused}")
     if why := outcome.worse_than(plain):
-        return keep_layers(study.checkpoint, kept, rule), [f"{method} {why}: the plain weights are kept"]
+        return plain_child, [f"{method} {why}: the plain weights are kept"]
     how = {"method": method, "loss": {"plain": plain.loss, method: outcome.loss.loss}}
     child = keep_compensated(study.checkpoint, kept, rule, open_fitted(Path(outcome.file)), how)
     return child, [f"{method}: {plain.loss:.3f} -> {outcome.loss.loss:.3f} nats per token on held-out samples", *outcome.notes]

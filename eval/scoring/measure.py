@@ -12,26 +12,28 @@ from dataclasses import asdict, astuple
 from typing import Any
 
 from ...surgery.choose import format_layers, parse_layers
+from ...surgery.errors import UnsuitableError
 from ...surgery.importance.gradients import taylor_scores
 from ...surgery.importance.observers import ChannelMagnitudes, Influences, LastTokens, Magnitudes
 from ...surgery.importance.paths import WHOLE, Dropped, SampleLoss, run_paths
 from ...surgery.importance.scores import Loss
 from ...surgery.importance.search import Drop, can_drop, greedy, mean_loss
+from ...surgery.importance.states import States
 from ..measure.perplexity import clustered_error
 from .study import Study
 
 HIDDEN, ALONE, TAYLOR = "hidden states", "leave one out", "taylor"
-FIT, HELD_OUT, SEARCH = "losses", "held-out losses", "search"
+FIT, HELD_OUT, SEARCH, REFUSED = "losses", "held-out losses", "search", "refused"
 
 
 def measure(study: Study, *wanted: str) -> dict[str, Any]:
     """Return what is wanted of HIDDEN, ALONE and TAYLOR; what is missing is measured in as few passes over the weights as can be.
 
     HIDDEN: a mapping with `bi` and `magnitude`, a score per layer, `angular`, the triangle, and `ratios`, by how much hidden states grow
-    between any two depths. ALONE: losses by path, of the whole model
-    and of it without each layer. TAYLOR: a score per layer.
+    between any two depths. ALONE: losses by path, of the whole model and of it without each layer. TAYLOR: a score per layer.
 
     Raises:
+        UnsuitableError: a model without gradients, where TAYLOR is wanted; all else is measured and kept by then.
         DowncycleError: what cannot be measured of this model.
     """
     known = {what: found for what in (HIDDEN, TAYLOR) if what in wanted and (found := study.recall(what)) is not None}
@@ -40,7 +42,9 @@ def measure(study: Study, *wanted: str) -> dict[str, Any]:
         losses = {path: loss for path, loss in _recall_losses(study, FIT).items() if path in paths}
         known |= {ALONE: losses} if len(losses) == len(paths) else {}
     missing = set(wanted) - known.keys()
-    return known | (_forward(study, missing) if missing else {})
+    if TAYLOR in missing and (why := study.recall(TAYLOR, REFUSED)):
+        raise UnsuitableError(why)
+    return (_forward(study, wanted, missing) if missing else {}) | known
 
 
 def alone(study: Study) -> list[Dropped]:
@@ -48,12 +52,15 @@ def alone(study: Study) -> list[Dropped]:
     return [WHOLE, *(frozenset({layer}) for layer in can_drop(study.checkpoint, WHOLE, range(study.checkpoint.num_layers)))]
 
 
-def _forward(study: Study, missing: set[str]) -> dict[str, Any]:
-    """Run the whole model once, and it without each layer where that is missing; then go back, where gradients are."""
+def _forward(study: Study, wanted: Sequence[str], missing: set[str]) -> dict[str, Any]:
+    """Run the whole model once, and it without each layer where that is missing; then go back, where gradients are.
+
+    States lie under what is wanted: what is missing becomes less on the way, and a killed run must find them again.
+    """
     parts = study.parts
     bi, last, magnitudes = Influences(parts.depth), LastTokens(parts.depth), Magnitudes(parts.depth)
     channels = ChannelMagnitudes(parts.depth)
-    states = study.states("forward", sorted(missing))
+    states = study.states("forward", sorted(wanted))
     found = run_paths(
         parts,
         study.fit,
@@ -68,11 +75,23 @@ def _forward(study: Study, missing: set[str]) -> dict[str, Any]:
     known = {HIDDEN: study.keep(hidden, HIDDEN), ALONE: {path: mean_loss(losses) for path, losses in found.items()}}
     _keep_losses(study, FIT, known[ALONE])
     if TAYLOR in missing:
-        gradients = study.states("gradients")
-        known[TAYLOR] = study.keep(taylor_scores(parts, study.fit, states, gradients, study.progress), TAYLOR)
-        gradients.clear()
+        known[TAYLOR] = _backward(study, states)
     states.clear()
     return known
+
+
+def _backward(study: Study, states: States) -> list[float]:
+    """Measure TAYLOR from the whole model's states; where it cannot be had, remember that, as they are gone then."""
+    gradients = study.states("gradients")
+    try:
+        found = study.keep(taylor_scores(study.parts, study.fit, states, gradients, study.progress), TAYLOR)
+    except UnsuitableError as error:
+        study.keep(str(error), TAYLOR, REFUSED)
+        states.clear()
+        gradients.clear()
+        raise
+    gradients.clear()
+    return found
 
 
 def search(study: Study, drop: int, protected: Sequence[int]) -> list[Drop]:

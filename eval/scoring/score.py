@@ -7,11 +7,12 @@ from typing import Any
 
 from ...surgery.choose import RULES as WITHOUT_DATA
 from ...surgery.compensation.fold import METHODS
-from ...surgery.errors import DowncycleError
+from ...surgery.errors import DowncycleError, UnsuitableError
 from ...surgery.importance.paths import WHOLE, Dropped
 from ...surgery.importance.rules import RULES, protected_layers
 from ...surgery.importance.scores import Choice, Importance, Loss, Scores, Work
 from ...surgery.importance.search import can_drop, count_naive, count_work, leave_one_out
+from ...surgery.layers import keep_layers
 from ..machine import machine_words, release_of
 from .choose import choose_layers
 from .compensated import Outcome, calibration_facts, compensated
@@ -25,15 +26,19 @@ def score(study: Study, keep: int, protect: Sequence[int] | None = None, methods
     """Measure everything that can be measured of a model's layers.
 
     Args:
-        keep: how many layers each rule keeps. protect: layers that must stay. methods: of compensation, each tried on each choice.
+        keep: how many layers each rule keeps. protect: layers that must stay. methods: of compensation, each tried on each choice that
+            drops a layer.
+    Raises:
+        DowncycleError: too few or too many layers to keep, `protect` cannot be kept, or what keeps the model from being measured at all.
     """
+    depth = study.checkpoint.num_layers
+    protected_layers("bi", depth, keep, protect)  # what no rule can keep is refused before anything is measured
     refused: dict[str, str] = {}
     found = _measure(study, refused)
     kept = _choices(study, keep, protect, refused)
-    depth = study.checkpoint.num_layers
     paths = {rule: frozenset(range(depth)) - frozenset(layers) for rule, layers in kept.items()}
     losses = held_out_losses(study, [WHOLE, *paths.values()])
-    outcomes = {path: [(method, compensated(study, path, method)) for method in methods] for path in set(paths.values())}
+    outcomes = {path: [(method, compensated(study, path, method)) for method in methods if path] for path in set(paths.values())}
     choices = [_choice(rule, layers, losses[paths[rule]], outcomes[paths[rule]]) for rule, layers in kept.items()]
     return Scores(
         model=study.checkpoint.name,
@@ -60,10 +65,9 @@ def _measure(study: Study, refused: dict[str, str]) -> dict[str, Any]:
     """Measure all metrics; of those that this model cannot have, say why."""
     try:
         return measure(study, HIDDEN, ALONE, TAYLOR)
-    except DowncycleError as error:
-        found = measure(study, HIDDEN, ALONE)  # what fails here fails the whole
+    except UnsuitableError as error:
         refused["taylor"] = str(error)
-        return found
+        return measure(study, HIDDEN, ALONE)
 
 
 def _choices(study: Study, keep: int, protect: Sequence[int] | None, refused: dict[str, str]) -> dict[str, list[int]]:
@@ -71,7 +75,9 @@ def _choices(study: Study, keep: int, protect: Sequence[int] | None, refused: di
     for rule in (*RULES, *WITHOUT_DATA):
         if rule not in refused:
             try:
-                kept[rule] = choose_layers(study, rule, keep, protect)
+                layers = choose_layers(study, rule, keep, protect)
+                keep_layers(study.checkpoint, layers)  # refuses what the family's config cannot say
+                kept[rule] = layers
             except DowncycleError as error:
                 refused[rule] = str(error)
     return kept

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapter.lowrank import FLOATS
 from ..checkpoint import Checkpoint, Tensor, read_header
 from ..errors import DowncycleError
+from ..filenames import LINEAGE
 from ..header import build_header
 from ..layers import keep_layers
 from ..sources import LocalFolder
@@ -32,6 +33,12 @@ class Fitted:
 
     tensors: Mapping[str, torch.Tensor]
     notes: tuple[str, ...] = ()
+
+
+def is_packed(checkpoint: Checkpoint) -> bool:
+    """Whether a quantiser packed a model's weights, so that none of them can be changed."""
+    config = checkpoint.config
+    return any("quantization_config" in section for section in (config, *(value for value in config.values() if isinstance(value, dict))))
 
 
 def save_fitted(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -80,18 +87,24 @@ def keep_compensated(parent: Checkpoint, layers: list[int], rule: str, fitted: M
     return replace(child, lineage={**child.lineage, COMPENSATION: {**how, "tensors": digests}})
 
 
-def fitted_digests(lineage: Mapping[str, Any]) -> dict[str, str]:
+def fitted_digests(lineage: Any) -> dict[str, str]:
     """Return the SHA-256 of each fitted tensor, by its name in the child, as downcycle.json says; nothing where none was fitted."""
-    how = lineage.get(COMPENSATION)
+    how = lineage.get(COMPENSATION) if isinstance(lineage, Mapping) else None
     digests = how.get("tensors") if isinstance(how, Mapping) else None
     return {str(name): str(digest) for name, digest in digests.items()} if isinstance(digests, Mapping) else {}
 
 
 def take_fitted(expected: Checkpoint, found: Checkpoint) -> Checkpoint:
-    """Return what a child must be: of its fitted tensors those that are found, where they have the digests that were noted."""
+    """Return what a child must be: of its fitted tensors those that are found, where they have the digests that were noted.
+
+    Raises:
+        DowncycleError: a digest is noted of a tensor that the model has not.
+    """
     digests = fitted_digests(found.lineage)
     fitted = {name: found.tensors[name] for name, digest in digests.items() if name in found.tensors}
-    right = {name: tensor for name, tensor in fitted.items() if name in expected.tensors and _digest(tensor) == digests[name]}
+    right = {name: tensor for name, tensor in fitted.items() if _digest(tensor) == digests[name]}
+    if strange := [name for name in digests if name not in expected.tensors]:
+        raise DowncycleError(f"{found.name}/{LINEAGE}: says that {strange[0][:80]} was fitted, which the model has not; it was changed")
     lineage = {name: found.lineage[name] for name in (COMPENSATION, CALIBRATION) if name in found.lineage}
     tensors = {name: right.get(name, tensor) for name, tensor in expected.tensors.items()}
     return replace(expected, tensors=tensors, lineage={**expected.lineage, **lineage})

@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoint import Tensor
-from ..errors import DowncycleError, UnsuitableError
+from ..errors import UnsuitableError
 from ..importance.calibration import Batch
 from ..importance.parts import Parts, State
 from ..importance.paths import WHOLE, Dropped, Progress, to_ids
 from ..importance.states import States
 from ..model import TORCH_DTYPES
-from .fold import Fitted
+from .fold import Fitted, is_packed
 from .layer_fit import CHECKED, Between, Sample, fit_layer, streams_at
 from .output import Writer, find_writers
 from .stored import find_stored
-from .writers import probe_ids
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +46,11 @@ class Pair:
         """The parent's depth whose hidden states should leave the child's layer: where its next layer is entered."""
         return self.kept[done + 1] if done + 1 < len(self.kept) else self.parts.depth
 
+    def together(self) -> bool:
+        """Whether what was left of the parent is where the child goes on from."""
+        begin, parent = self.child.finished()[0], self.parent.finished()[0]
+        return (self.target(begin - 1) if begin else 0) <= parent <= self.target(begin)
+
 
 def refit(
     parts: Parts, batches: Sequence[Batch], path: Dropped, states: States, progress: Progress = lambda what, done, total: None
@@ -57,18 +61,27 @@ def refit(
         path: the layers that are dropped. states: where hidden states stand; a killed run goes on after the last fitted layer.
     Raises:
         UnsuitableError: packed weights, or a family none of whose maps writes into the residual stream so that it can be fitted.
+        DowncycleError: numbers that are not finite, with the layer; no room for the states.
     """
     import torch
 
+    if is_packed(parts.checkpoint) or "quantization_config" in parts.options:
+        ways = "try --compensate none" if is_packed(parts.checkpoint) else "give another --load, or try --compensate scale"
+        raise UnsuitableError(f"{parts.checkpoint.name}: its weights are packed, and cannot be fitted; {ways}")
     kept = [layer for layer in range(parts.depth) if layer not in path]
     pair = Pair(parts, batches, kept, states.part("parent"), states.part("child"))
+    if not pair.together():  # the states of one were damaged, and are deleted
+        states.clear()
     begin, notes = pair.child.finished()
+    parts.recall(pair.parent.finished()[1])
     fitted, said, possible = notes or ({}, [], False)
     with torch.inference_mode():
         for done in range(begin, len(kept)):
             progress("refitting the layers", kept[done], parts.depth)
+            for number in range(pair.parent.finished()[0], kept[done]):  # dropped ones before the first that is kept
+                _advance_parent(pair, number, parts.layer(number), [])
             own, target = parts.layer(kept[done], to_change=True), pair.target(done)
-            writers = _writers(parts, own, kept[done]) if target > done + 1 else []
+            writers = _writers(pair, done, own) if target > done + 1 else []
             for number in range(pair.parent.finished()[0], target):
                 layer = own if number == kept[done] else parts.layer(number)
                 _advance_parent(pair, number, layer, [one.at for one in writers if one.at] if number + 1 == target else [])
@@ -84,22 +97,11 @@ def refit(
     return Fitted(fitted, tuple(said))
 
 
-def _writers(parts: Parts, layer: nn.Module, number: int) -> list[Writer]:
-    """Find the writers of a layer by running it on a few tokens' embeddings."""
-
-    def probe() -> Any:
-        after = parts.step(layer, number, probe_ids(parts), None)
-        assert after is not None
-        return after.hidden
-
-    try:
-        passed_over = parts.entering(number, probe_ids(parts), None) is None
-        return [] if passed_over else find_writers(layer, probe)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())[:80]
-        raise DowncycleError(
-            f"{parts.checkpoint.name}: layer {number} cannot be run by itself ({said}), so that nothing can be fitted; try scale"
-        ) from error
+def _writers(pair: Pair, done: int, layer: nn.Module) -> list[Writer]:
+    """Find the writers of a layer by running it on the child's first batch: some layers cannot do without what earlier ones hand on."""
+    number, ids = pair.kept[done], to_ids(pair.batches[0], pair.parts.device)
+    passed_over = pair.parts.entering(number, ids, pair.child.get(done, WHOLE, 0, pair.parts.device)) is None
+    return [] if passed_over else find_writers(layer, partial(_run, pair, done, layer, 0))
 
 
 def _advance_parent(pair: Pair, number: int, layer: nn.Module, inside: Sequence[str]) -> None:
@@ -110,7 +112,7 @@ def _advance_parent(pair: Pair, number: int, layer: nn.Module, inside: Sequence[
             after = pair.parts.step(layer, number, to_ids(batch, pair.parts.device), before)
         pair.parent.put(number + 1, WHOLE, place, after)
         pair.parent.put(number + 1, BETWEEN, place, State(None, {"between": dict(between)}))
-    pair.parent.finish(number + 1, None)
+    pair.parent.finish(number + 1, pair.parts.notes())
 
 
 def _fit(pair: Pair, done: int, layer: nn.Module, writers: Sequence[Writer]) -> tuple[dict[str, torch.Tensor], list[str]]:

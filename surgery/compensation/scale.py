@@ -21,7 +21,7 @@ from ..importance.parts import Parts
 from ..importance.paths import Dropped
 from ..model import class_and_config
 from ..stack import Layer, Stack, split_layers
-from .fold import Fitted
+from .fold import Fitted, is_packed
 from .stored import find_stored, holds
 from .writers import Weight, check_layer, embedding_weights, head_weights, layer_weights, multiply, refusal
 
@@ -109,8 +109,7 @@ def _unpacked(parts: Parts) -> Parts:
     """Return a model whose weights are numbers: itself, or the same loaded without the quantiser that was asked for."""
     import torch
 
-    config = parts.checkpoint.config
-    if any("quantization_config" in section for section in (config, *(value for value in config.values() if isinstance(value, dict)))):
+    if is_packed(parts.checkpoint):
         raise UnsuitableError(f"{parts.checkpoint.name}: its weights are packed, and no factor goes into them; try --compensate none")
     if "quantization_config" not in parts.options:
         return parts

@@ -50,8 +50,10 @@ class LastTokens(Observer):
         self.rows[number + 1].append(last_tokens(after))
 
     def notes(self) -> Any:
-        """Return the states so far."""
-        return self.rows
+        """Return the states so far, those of a depth as one tensor: they are saved after each layer."""
+        import torch
+
+        return [[torch.cat(rows)] if rows else [] for rows in self.rows]
 
     def recall(self, notes: Any) -> None:
         """Go on from these states."""

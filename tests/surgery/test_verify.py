@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import struct
 
 import pytest
 
 from downcycle import DowncycleError, keep_layers, open_checkpoint, verify, write
 from downcycle.surgery import hub
+from downcycle.surgery.compensation.fold import keep_compensated, open_fitted
 
 
 @pytest.fixture
@@ -208,3 +210,114 @@ def test_a_folder_is_never_looked_for_on_the_hub(make, tmp_path, monkeypatch):
     with pytest.raises(DowncycleError, match="p1: no such folder.*give it with --src"):
         verify(tmp_path / "c")
     assert verify(tmp_path / "c", "../p1").layers == [0]
+
+
+# Fitted weights: what the parent has not, and downcycle.json states the digests of.
+
+
+DOWN = "model.layers.{}.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def compensated(make, stored, pack_file, tmp_path):
+    """Layers 0, 1 and 3 of four, with new weights in what becomes layers 1 and 2."""
+    make(tmp_path / "m")
+    parent = open_checkpoint(tmp_path / "m")
+    (tmp_path / "cache").mkdir()
+    new = {DOWN.format(layer): stored("BF16", (4, 8), seed=90 + layer) for layer in (1, 3)}
+    (tmp_path / "cache" / "fitted.safetensors").write_bytes(pack_file(new))
+    fitted = open_fitted(tmp_path / "cache" / "fitted.safetensors")
+    write(keep_compensated(parent, [0, 1, 3], "bi", fitted, {"method": "refit", "loss": {"plain": 3.0, "refit": 2.0}}), tmp_path / "c")
+    shutil.rmtree(tmp_path / "cache")
+    return tmp_path / "c"
+
+
+def flip(folder, read_back, pack_file, name):
+    tensors = read_back(folder)
+    data = bytearray(tensors[name].data)
+    data[0] ^= 1
+    tensors[name] = tensors[name]._replace(data=bytes(data))
+    (folder / "model.safetensors").write_bytes(pack_file(tensors))
+
+
+def digests(change):
+    return lambda folder: edit_json(folder / "downcycle.json", lambda lineage: change(lineage["compensation"]["tensors"]))
+
+
+def test_fitted_weights_are_proved_by_their_digests(compensated, tmp_path):
+    proof = verify(compensated)
+    assert proof.what == f"layers 0-1,3 of {tmp_path / 'm'}, 2 tensors of them fitted, with the digests that downcycle.json states"
+    assert (proof.layers, proof.tensors) == ([0, 1, 3], 30)
+    assert verify(compensated, tmp_path / "m") == proof
+
+
+@pytest.mark.parametrize("name", [DOWN.format(1), DOWN.format(2), DOWN.format(0), "model.norm.weight"])
+def test_a_flipped_bit_is_found_in_fitted_weights_and_in_others(name, compensated, read_back, pack_file):
+    flip(compensated, read_back, pack_file, name)
+    with pytest.raises(DowncycleError, match=f"tensor {name} differs between bytes 0 and"):
+        verify(compensated)
+
+
+DIGESTS = {
+    "another digest": (digests(lambda them: them.update({DOWN.format(1): "0" * 64})), f"tensor {DOWN.format(1)} differs"),
+    "no digest": (digests(lambda them: them.pop(DOWN.format(1))), f"tensor {DOWN.format(1)} differs"),
+    "no text": (digests(lambda them: them.update({DOWN.format(1): 5})), f"tensor {DOWN.format(1)} differs"),
+    "swapped": (
+        digests(lambda them: them.update({DOWN.format(1): them[DOWN.format(2)], DOWN.format(2): them[DOWN.format(1)]})),
+        f"tensor {DOWN.format(1)} differs.*tensor {DOWN.format(2)} differs",
+    ),
+    "of a tensor that is not there": (digests(lambda them: them.update(x="0" * 64)), "says that x was fitted, which the model has not"),
+    "no compensation": (lambda c: edit_json(c / "downcycle.json", lambda v: v.pop("compensation")), f"tensor {DOWN.format(1)} differs"),
+    "compensation that is text": (
+        lambda c: edit_json(c / "downcycle.json", lambda v: v.update(compensation="refit")),
+        f"tensor {DOWN.format(1)} differs",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "says"), DIGESTS.values(), ids=DIGESTS)
+def test_changed_digests_are_found(change, says, compensated):
+    change(compensated)
+    with pytest.raises(DowncycleError, match=says) as refusal:
+        verify(compensated)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_cut_of_a_compensated_child_is_proved_while_that_is_there(compensated, make, tmp_path):
+    """What was fitted is in the child alone, and so the child cannot be made again without it."""
+    write(keep_layers(open_checkpoint(compensated), [0, 2]), tmp_path / "g")
+    assert verify(tmp_path / "g").layers == [0, 2]
+    compensated.rename(tmp_path / "moved")
+    with pytest.raises(DowncycleError, match="no such folder.*give it with --src") as refusal:
+        verify(tmp_path / "g")
+    assert "\n" not in str(refusal.value)
+    assert verify(tmp_path / "g", tmp_path / "moved").layers == [0, 2]
+    write(keep_layers(open_checkpoint(tmp_path / "m"), [0, 1, 3]), compensated)  # another child of the same shapes
+    with pytest.raises(DowncycleError, match=f"tensor {DOWN.format(1)} differs"):
+        verify(tmp_path / "g")
+
+
+def test_a_merge_into_a_compensated_child(compensated, tmp_path, pack_file, stored):
+    """A merge is computed again from the child as it is; where that is gone, one line says so."""
+    pytest.importorskip("torch")
+    from downcycle import merge_adapter
+
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    modules = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
+    zeros = stored("F32", (1, 1))
+    tensors = {}
+    for module in modules:
+        for half, shape in (("A", (2, 8)), ("B", (4, 2))):
+            values = struct.pack(f"<{shape[0] * shape[1]}f", *(0.01 * place for place in range(shape[0] * shape[1])))
+            tensors[f"base_model.model.{module}.lora_{half}.weight"] = zeros._replace(shape=shape, data=values)
+    (adapter / "adapter_model.safetensors").write_bytes(pack_file(tensors))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "target_modules": ["down_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(compensated)}))
+    write(merge_adapter(open_checkpoint(compensated), adapter), tmp_path / "merged")
+    assert verify(tmp_path / "merged").tensors == 30
+    compensated.rename(tmp_path / "moved")
+    with pytest.raises(DowncycleError, match="no such folder.*give it with --src") as refusal:
+        verify(tmp_path / "merged")
+    assert "\n" not in str(refusal.value)
+    assert verify(tmp_path / "merged", tmp_path / "moved").tensors == 30
