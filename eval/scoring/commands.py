@@ -68,6 +68,9 @@ def choose_child(
     if measuring.calibrate is None:
         what = f"--select {rule}" if measured else f"--compensate {method}"
         raise DowncycleError(f"{what}: measures the model on a text; give one with --calibrate TEXT ('demo' is the built-in one)")
+    from ..commands import hush
+
+    hush()
     from .choose import choose_layers
     from .compensated import calibration_facts, compensate
 

@@ -149,6 +149,37 @@ def test_fit_that_does_not_help_others_is_left():
     assert torch.equal(layer.layer.mlp.down_proj.weight, before)
 
 
+def test_samples_that_decide_are_not_fitted_on():
+    """A little noise in what is wanted of them changes no fitted number."""
+    found = []
+    for much in (0.0, 0.01):
+        layer = Layer("llama")
+        wanted = towards(layer, "mlp.down_proj")
+        for some, rest in zip(wanted, noise(layer), strict=True):
+            some[CHECKED] += much * rest[CHECKED]
+        assert layer.fit([Writer("mlp.down_proj", 1.0)], wanted)[0] == ["mlp.down_proj"]
+        found.append(layer.layer.mlp.down_proj.weight.clone())
+    assert torch.equal(*found)
+
+
+def test_where_too_few_samples_are_there_to_leave_one_out_all_decide():
+    layer, none = Layer("llama"), torch.zeros(BATCH, dtype=torch.bool)
+    wanted = towards(layer, "mlp.down_proj")
+    batches = [Sample(partial(layer.run, place), partial(wanted.__getitem__, place), dict, none) for place in range(2)]
+    before = layer.error(wanted, ~none)
+    assert fit_layer(layer.layer, [Writer("mlp.down_proj", 1.0)], batches, {"mlp.down_proj": torch.float32})[0] == ["mlp.down_proj"]
+    assert layer.error(wanted, ~none) < 0.5 * before
+
+
+def test_a_weight_is_rounded_to_what_it_is_stored_in():
+    exact, rounded = Layer("llama"), Layer("llama")
+    for layer, dtype in ((exact, torch.float32), (rounded, torch.bfloat16)):
+        wanted = towards(layer, "mlp.down_proj")
+        batches = [Sample(partial(layer.run, place), partial(wanted.__getitem__, place), dict, CHECKED) for place in range(2)]
+        fit_layer(layer.layer, [Writer("mlp.down_proj", 1.0)], batches, {"mlp.down_proj": dtype})
+    assert torch.equal(rounded.layer.mlp.down_proj.weight, exact.layer.mlp.down_proj.weight.to(torch.bfloat16).float())
+
+
 def test_nothing_to_fit_runs_nothing():
     layer = Layer("llama")
     assert layer.fit([], [None, None]) == ([], [])
