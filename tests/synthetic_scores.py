@@ -98,8 +98,9 @@ def _lowest(values, count):
 def _choice(rule, layers, dropped, influence, place):
     cost = 0.9 * sum(influence[i] for i in dropped) * (1 + 0.35 * place) + (16 if rule == "magnitude" else 0.02)
     kept = tuple(i for i in range(layers) if i not in dropped)
-    cut = Loss(UNCUT + cost, 0.011 + 0.006 * cost)
-    scaled, refitted = Loss(UNCUT + 0.8 * cost, cut.stderr), Loss(UNCUT + (0.5 + 0.03 * place) * cost, 0.8 * cut.stderr)
+    cut = Loss(UNCUT + cost, 0.031 + 0.006 * cost, 0.011 + 0.006 * cost)
+    scaled = Loss(UNCUT + 0.8 * cost, cut.stderr, cut.added_stderr)
+    refitted = Loss(UNCUT + (0.5 + 0.03 * place) * cost, 0.8 * cut.stderr, 0.8 * cut.added_stderr)
     worse = "its weights lose 2.9107 where the plain cut loses less"
     if rule == "taylor":
         return Choice(rule, kept, cut, {"refit": refitted}, kept_plain={"scale": worse})

@@ -173,7 +173,7 @@ def test_losses_are_dots_at_what_they_add(width):
     axes = loss_axes(drawn(32, width))
     assert axes.get_xscale() == "log"
     dots = [line for line in axes.lines if line.get_marker() not in ("None", "", None)]
-    wanted = [(way, loss.loss - UNCUT, loss.stderr) for choice in scores.choices for way, loss in losses_of(choice).items()]
+    wanted = [(way, loss.loss - UNCUT, loss.added_stderr) for choice in scores.choices for way, loss in losses_of(choice).items()]
     assert len(dots) == len(wanted)
     for dot, (way, added, _) in zip(dots, wanted, strict=True):
         assert dot.get_xdata()[0] == pytest.approx(added)

@@ -140,7 +140,7 @@ def test_commands_make_each_choice_in_its_best_way(scores, read):
     assert read.commands[0] == read.commands[1]  # above all, and in the list
     begin = f"downcycle --src {scores.model} --revision {scores.revision} --keep 24 --select "
     ends = {one.rule: "scale" if one.rule == "first" else "refit" for one in scores.choices}
-    text = "--calibrate fineweb-calibration.parquet --length 2048 --seed 42"
+    text = "--calibrate fineweb-calibration.parquet --length 2048 --seed 42 --load bf16"
     protect = {rule: "" if rule == "first" else " --protect 0,31" for rule in ends}
     wanted = [f"{begin}{rule} {text}{protect[rule]} --compensate {way}" for rule, way in ends.items()]
     assert read.commands[1:] == wanted
@@ -193,7 +193,8 @@ def test_sections_without_data_are_absent():
     bare = make_scores(4, choices=(), importance=(), angular=(), work=(), refused={}, protect=(), machine="")
     read = Reader(scores_page(bare))
     assert read.headings == ["Layers of Meta-Llama-3-8B", "At a glance", "How it was measured"]
-    assert "Machine" not in read.terms and "Protected layers" not in read.terms and read.commands == []
+    assert "Machine" not in read.terms and read.commands == []
+    assert dict(zip(read.terms[::2], read.terms[1::2], strict=True))["Protected layers"] == "none"
     whole = Reader(scores_page(make_scores(4, 4)))
     assert not any("d(i" in cell for cell in whole.tables["importance"][0])
 
