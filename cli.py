@@ -11,7 +11,7 @@ import typer
 
 from .eval import commands as eval_commands
 from .eval.scoring import commands as scoring
-from .eval.scoring.commands import SAMPLES, SEED, Calibrate, Length, Load, Measuring, Protect, Samples, Seed, choose_child, rule_names
+from .eval.scoring.commands import Calibrate, Length, Load, Measuring, Protect, Samples, Seed, choose_child, rule_names
 from .recipes import commands as recipe_commands
 from .recipes.commands import RECIPE
 from .recipes.presets import PRESETS
@@ -20,6 +20,7 @@ from .recipes.recipe_text import recipe_text
 from .surgery.checkpoint import Checkpoint, open_checkpoint
 from .surgery.choose import RULES, format_layers, parse_layers
 from .surgery.errors import DowncycleError
+from .surgery.importance.calibration import SAMPLES, SEED
 from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
 from .surgery.staging import target_path

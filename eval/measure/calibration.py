@@ -15,14 +15,11 @@ from typing import Any
 from ...surgery.checkpoint import Checkpoint
 from ...surgery.errors import DowncycleError
 from ...surgery.families import read_config
-from ...surgery.importance.calibration import Calibration, Sample
+from ...surgery.importance.calibration import LENGTH, SAMPLES, SEED, Calibration, Sample
 from .loading import load_tokenizer, positions
 from .text import BUILT_IN_TRAINING, Documents, as_documents, stream_documents
 from .windows import Passage, check_length, check_vocabulary, to_passages
 
-# 32k tokens: what refits were tried with. Of as many tokens, more and shorter samples say more: they are of more documents, and each gives
-# one angular distance. Gromov et al. and SLEB read 2048 at once, which few pages of the web have, and many have 512.
-SAMPLES, LENGTH, SEED = 64, 512, 0
 # A quarter is enough to tell cuts apart: with 16 samples, the built-in model's loss has a standard error of 0.18, and what a cut adds to it
 # on the same tokens one of 0.04. Errors are taken across documents: of fewer than four they would say nothing.
 HELD_OUT, FEWEST = 4, 4

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from ...surgery.checkpoint import DEMO
 from ...surgery.choose import RULES, format_layers
 from ...surgery.errors import DowncycleError
+from ...surgery.importance.calibration import LENGTH, SAMPLES, SEED
 from ...surgery.importance.scores import Choice, Importance, Loss, Scores
-from ..measure.calibration import LENGTH, SAMPLES, SEED
 from ..measure.text import BUILT_IN_TRAINING
 
 CUT = "cut"

@@ -14,14 +14,13 @@ from ...surgery.choose import RULES as WITHOUT_DATA
 from ...surgery.choose import choose
 from ...surgery.compensation.fold import CALIBRATION, METHODS
 from ...surgery.errors import DowncycleError
+from ...surgery.importance.calibration import SAMPLES, SEED
 from ...surgery.importance.rules import RULES, find_rule, parse_protected, protected_layers
 from ...surgery.layers import keep_layers
 from ...terminal import Json, Revision, Src, Trust, parse_count, print_json, stage_bar
 
 if TYPE_CHECKING:
     from .study import Study
-
-SAMPLES, SEED = 64, 0
 
 Calibrate = Annotated[
     str | None, typer.Option(metavar="TEXT", help="Text to measure layers on: file, folder or Hub data set; 'demo' is built in.")
@@ -45,7 +44,6 @@ class Measuring:
     seed: int = SEED
     protect: str | None = None
     load: str = "stored"
-    device: str = "auto"
     trust_remote_code: bool = False
 
 
@@ -72,7 +70,7 @@ def choose_child(
 
     hush()
     from .choose import choose_layers
-    from .compensated import calibration_facts, compensate
+    from .compensated import compensate
 
     protect = None if measuring.protect is None else parse_protected(measuring.protect, parent.num_layers)
     if isinstance(keep, int):  # what cannot be kept is refused before a text is read
@@ -81,7 +79,7 @@ def choose_child(
         study = replace(open_study(parent, measuring), progress=say)
         kept = choose_layers(study, rule, keep, protect) if isinstance(keep, int) else keep
         child, notes = (keep_layers(parent, kept, rule), []) if method == "none" else compensate(study, kept, rule, method)
-    return replace(child, lineage={**child.lineage, CALIBRATION: calibration_facts(study)}), notes
+    return replace(child, lineage={**child.lineage, CALIBRATION: study.calibration.facts()}), notes
 
 
 def open_study(checkpoint: Checkpoint, measuring: Measuring) -> Study:
@@ -92,7 +90,7 @@ def open_study(checkpoint: Checkpoint, measuring: Measuring) -> Study:
     from .study import Study, check_memory
 
     check_how(checkpoint, measuring.load)
-    check_memory(checkpoint, measuring.load, device := find_device(measuring.device))
+    check_memory(checkpoint, measuring.load, device := find_device("auto"))
     calibration = make_calibration(
         checkpoint,
         None if measuring.calibrate == DEMO else measuring.calibrate,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ...surgery.checkpoint import Checkpoint
 from ...surgery.choose import format_layers
@@ -100,19 +99,3 @@ def compensate(study: Study, kept: list[int], rule: str, method: str) -> tuple[C
     how = {"method": method, "loss": {"plain": plain.loss, method: outcome.loss.loss}}
     child = keep_compensated(study.checkpoint, kept, rule, open_fitted(Path(outcome.file)), how)
     return child, [f"{method}: {plain.loss:.3f} -> {outcome.loss.loss:.3f} nats per token on held-out samples", *outcome.notes]
-
-
-def calibration_facts(study: Study) -> dict[str, Any]:
-    """Return what makes the samples again."""
-    one = study.calibration
-    return {
-        "text": one.text,
-        "text_digest": one.text_digest,
-        "digest": one.digest,
-        "samples": one.samples,
-        "length": one.length,
-        "seed": one.seed,
-        "tokens": sum(len(sample.ids) for sample in one.fit),
-        "held_out_samples": len(one.held_out),
-        "held_out_tokens": sum(len(sample.ids) for sample in one.held_out),
-    }

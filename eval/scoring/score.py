@@ -15,7 +15,7 @@ from ...surgery.importance.search import can_drop, count_naive, count_work, leav
 from ...surgery.layers import keep_layers
 from ..machine import machine_words, release_of
 from .choose import choose_layers
-from .compensated import Outcome, calibration_facts, compensated
+from .compensated import Outcome, compensated
 from .measure import ALONE, HIDDEN, TAYLOR, alone, held_out_losses, measure, search
 from .study import Study
 
@@ -49,7 +49,7 @@ def score(study: Study, keep: int, protect: Sequence[int] | None = None, methods
         protect=None if protect is None else tuple(protect),
         load=study.load,
         device=study.device,
-        calibration=calibration_facts(study),
+        calibration=study.calibration.facts(),
         uncut=losses[WHOLE],
         importance=tuple(_importance(depth, found)),
         angular=tuple(tuple(row) for row in found[HIDDEN]["angular"]),

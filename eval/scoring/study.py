@@ -47,14 +47,10 @@ class Study:
     @cached_property
     def parts(self) -> Parts:
         """The model, taken apart; its files are fetched first, where it lies on the Hub."""
-        return self.parts_of(self.checkpoint)
-
-    def parts_of(self, checkpoint: Checkpoint) -> Parts:
-        """Take apart this model, or one made of it, as this one is loaded."""
         self.progress("fetching the model", 0, 0)
-        fetch(checkpoint)
-        resident = check_memory(checkpoint, self.load, self.device)
-        return Parts(checkpoint, device=self.device, resident=resident, **load_options(checkpoint, self.load, self.device))
+        fetch(self.checkpoint)
+        resident = check_memory(self.checkpoint, self.load, self.device)
+        return Parts(self.checkpoint, device=self.device, resident=resident, **load_options(self.checkpoint, self.load, self.device))
 
     @cached_property
     def fit(self) -> list[Batch]:

@@ -84,6 +84,7 @@ class States:
         before = self.folder / str(depth - 1)
         if not keep:
             shutil.rmtree(before, ignore_errors=True)
+            return
         for file in before.glob("*.pt"):
             if not file.name.startswith(f"{WHOLE}."):
                 file.unlink()

@@ -17,9 +17,10 @@ from transformers import AutoTokenizer  # noqa: E402
 
 from downcycle import DowncycleError, open_checkpoint  # noqa: E402
 from downcycle.eval.measure import calibration  # noqa: E402
-from downcycle.eval.measure.calibration import LENGTH, SAMPLES, held_out_samples, make_calibration  # noqa: E402
+from downcycle.eval.measure.calibration import held_out_samples, make_calibration  # noqa: E402
 from downcycle.eval.measure.text import read_documents, stream_documents  # noqa: E402
 from downcycle.surgery.checkpoint import DEMO_FOLDER  # noqa: E402
+from downcycle.surgery.importance.calibration import LENGTH, SAMPLES  # noqa: E402
 
 from hub_server import HubServer  # noqa: E402
 
