@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,8 @@ def study(text) -> Callable[..., object]:
         from downcycle import open_checkpoint
         from downcycle.eval.scoring.commands import Measuring, open_study
 
-        given = {"samples": 10, "length": 24, "calibrate": str(text), "device": "cpu"} | options
-        return open_study(open_checkpoint(folder), Measuring(**given))
+        given = {"samples": 10, "length": 24, "calibrate": str(text)} | options
+        return replace(open_study(open_checkpoint(folder), Measuring(**given)), device="cpu")
 
     return make
 
