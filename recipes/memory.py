@@ -13,6 +13,7 @@ from typing import Any
 
 from ..surgery.checkpoint import Checkpoint
 from ..surgery.families import WITHOUT_ATTENTION
+from ..surgery.quantizer import packed_by
 from ..surgery.stack import Layer, split_layers
 
 GIB = 2**30
@@ -120,7 +121,7 @@ def model_size(checkpoint: Checkpoint) -> ModelSize:
         layer_outputs=max(int(sum(m.count * m.rows * (active if m.routed else 1) for m in matrices)) for matrices in layers),
         hidden=hidden,
         vocab=_first(config, "vocab_size"),
-        packed=isinstance(checkpoint.config.get("quantization_config"), dict),
+        packed=bool(packed_by(checkpoint.config)),
         cache=_cache(config, checkpoint.num_layers, hidden),
     )
 

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from .checkpoint import Checkpoint, file_length
+from .quantizer import packed_by
 from .stack import split_layers
 
 KINDS = ("layer_types", "layers_block_type", "mlp_layer_types")
@@ -34,7 +35,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.nbytes,
         "dtypes": dict(dtypes.most_common()),
-        "quantization": _section(checkpoint.config, "quantization_config").get("quant_method"),
+        "quantization": packed_by(checkpoint.config) or None,
         "files": {path: file_length(data) for path, data in checkpoint.files.items()},
     }
 

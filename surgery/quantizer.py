@@ -1,4 +1,4 @@
-"""A quantiser's config names modules, and so layers by number: renumber them.
+"""What packed a model's weights; and a quantiser's config names modules, and so layers by number: renumber them.
 
 Knows no quantiser: what names a layer is renumbered, what surely names none or all is left alone, and the rest is refused.
 """
@@ -6,6 +6,7 @@ Knows no quantiser: what names a layer is renumbered, what surely names none or 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .errors import DowncycleError
@@ -15,6 +16,14 @@ ANY_NUMBER = re.compile(r"(?:\\d|\[0-9\])(?:[+*]|\{[0-9,]+\})?")  # as regular e
 PATTERN = re.compile(r"^[+-]:|^re:|[|\[\](){}^$?*\\]")
 
 Moved = dict[int, list[int]]
+
+
+def packed_by(config: Mapping[str, Any]) -> str:
+    """Name the quantiser that packed a model's weights, by its config or a section of it; empty where none did."""
+    for section in _sections(config):
+        if quantised := section.get("quantization_config"):
+            return str(quantised.get("quant_method") or "a quantiser") if isinstance(quantised, dict) else "a quantiser"
+    return ""
 
 
 def renumber_modules(value: Any, stem: str, moved: Moved) -> Any:
@@ -36,9 +45,14 @@ def renumber_modules(value: Any, stem: str, moved: Moved) -> Any:
 
 def renumber_config(config: dict[str, Any], stem: str, moved: Moved) -> None:
     """Renumber, in place, the quantiser's part of a model's config and of its sections."""
-    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for section in _sections(config):
         if isinstance(section.get("quantization_config"), dict):
             section["quantization_config"] = renumber_modules(section["quantization_config"], stem, moved)
+
+
+def _sections(config: Mapping[str, Any]) -> Iterator[Any]:
+    yield config
+    yield from (value for value in config.values() if isinstance(value, dict))
 
 
 def _names(name: str, stem: str, moved: Moved) -> list[str]:

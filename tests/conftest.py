@@ -5,13 +5,15 @@ Needs no torch, and takes none of its answers from the package.
 
 import fcntl
 import json
+import logging
 import os
 import random
 import re
 import signal
 import struct
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import cycle
 from math import prod
@@ -146,6 +148,30 @@ def list_tree(folder: Path) -> dict[str, object]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models as small as these run faster so, and each worker of a parallel run has about one core."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(1)
+    yield
+    if torch:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quiet():
+    """Keep away transformers' bars and all log lines, which hide what a test says."""
+    from transformers.utils import logging as bars
+
+    hook, level = bars.set_tqdm_hook(lambda factory, args, kwargs: bars.EmptyTqdm(*args, **kwargs)), logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(level)
+    bars.set_tqdm_hook(hook)
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
     """Fill a folder once for all workers of a parallel run: the first does it, the others wait for it."""
@@ -163,6 +189,24 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
         return folder
 
     return run
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Mount a small disk, with the options of a tmpfs, where this process may; called again, give it others."""
+    folder, mounted = tmp_path / "disk", []
+
+    def mount(options: str) -> Path:
+        folder.mkdir(exist_ok=True)
+        what = f"remount,{options}" if mounted else options
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", what, "tmpfs", folder], capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not permitted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from ...recipes.commands import RECIPE
 from ...surgery.checkpoint import DEMO, Checkpoint, file_bytes, open_checkpoint
 from ...surgery.errors import DowncycleError
 from ...surgery.filenames import ADAPTER_CONFIG, INDEX, LINEAGE, SINGLE, is_licence_text
+from ...surgery.quantizer import packed_by
 from ...surgery.verify import MERGE
 from ..origin import HEALED, Origin, adapter_folder, origin_of, training_folder
 from ..report.compare import check_finite
@@ -257,6 +258,6 @@ def _dtype(checkpoint: Checkpoint) -> str:
     text = checkpoint.config.get("text_config")
     for config in (checkpoint.config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            if isinstance(stated := config.get(key), str) and "quantization_config" not in checkpoint.config:
+            if isinstance(stated := config.get(key), str) and not packed_by(checkpoint.config):
                 return scrub(stated.removeprefix("torch."))
     return ""

@@ -11,6 +11,7 @@ from ...recipes.commands import RECIPE
 from ...surgery.checkpoint import DEMO
 from ...surgery.choose import format_layers
 from ...surgery.filenames import LINEAGE, is_licence_text
+from ...surgery.quantizer import packed_by
 from ...surgery.verify import MERGE
 from ...terminal import format_bytes, layer_map
 from ..origin import Step
@@ -146,7 +147,7 @@ def _what(facts: Facts) -> str:
 
 
 def _size(facts: Facts) -> str:
-    if "quantization_config" in facts.config:
+    if packed_by(facts.config):
         return f"{format_bytes(facts.nbytes)} of packed weights"
     return f"{write_count(facts.parameters).replace(' ', '')} parameters ({facts.parameters:,})"
 

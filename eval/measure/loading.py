@@ -23,6 +23,7 @@ from ...surgery.errors import DowncycleError
 from ...surgery.families import is_native
 from ...surgery.filenames import CONFIG, INDEX
 from ...surgery.model import TORCH_DTYPES, load_model
+from ...surgery.quantizer import packed_by
 from ..content import cache_folder
 from .memory import free_memory, peak_memory, start_peak
 
@@ -154,7 +155,7 @@ def check_memory(checkpoint: Checkpoint, how: str, device: str, offload: bool) -
     possible = _can_offload(checkpoint, how, device)
     if offload and possible:
         return False
-    smaller = {} if _quantiser(checkpoint) else {other: needed_bytes(checkpoint, other) for other in ("bf16", "int8", "nf4")}
+    smaller = {} if packed_by(checkpoint.config) else {other: needed_bytes(checkpoint, other) for other in ("bf16", "int8", "nf4")}
     ways = [f"--load {other} ({format_gib(size)})" for other, size in smaller.items() if other != how and size <= min(free, needs)]
     ways += ["--offload"] if possible else []
     cannot = f"; --offload cannot help: {_why_not(checkpoint, how)}" if offload else ""
@@ -188,11 +189,11 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 def _can_offload(checkpoint: Checkpoint, how: str, device: str) -> bool:
     if how in BY_BITSANDBYTES:
         return False
-    return not _quantiser(checkpoint) or (device == "cpu" and runs_from_file(checkpoint, how))
+    return not packed_by(checkpoint.config) or (device == "cpu" and runs_from_file(checkpoint, how))
 
 
 def _why_not(checkpoint: Checkpoint, how: str) -> str:
-    what = f"bitsandbytes' {how}" if how in BY_BITSANDBYTES else f"weights packed by {_quantiser(checkpoint)}"
+    what = f"bitsandbytes' {how}" if how in BY_BITSANDBYTES else f"weights packed by {packed_by(checkpoint.config)}"
     return f"{what} must lie in the device's memory"
 
 
@@ -224,7 +225,7 @@ def held_as(loaded: Loaded) -> str:
     """How the weights of a model are held, in words: what was asked for, or what they are stored in."""
     if loaded.load != "stored":
         return loaded.load
-    if quantiser := _quantiser(loaded.checkpoint):
+    if quantiser := packed_by(loaded.checkpoint.config):
         return f"packed by {quantiser}"
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     return next((short for short, name in DTYPES.items() if name == dtype), dtype)
@@ -233,21 +234,13 @@ def held_as(loaded: Loaded) -> str:
 def check_how(checkpoint: Checkpoint, how: str) -> None:
     """Refuse a way of loading that this model, or this machine, has not."""
     check_load(how)
-    if how != "stored" and (quantiser := _quantiser(checkpoint)):
+    if how != "stored" and (quantiser := packed_by(checkpoint.config)):
         raise DowncycleError(f"--load {how}: the weights of {checkpoint.name} are packed by {quantiser} already; leave --load out")
     if how in BY_BITSANDBYTES:
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
             raise DowncycleError(f"--load {how}: needs bitsandbytes: pip install bitsandbytes") from error
-
-
-def _quantiser(checkpoint: Checkpoint) -> str:
-    """Name what packed the weights, if anything did."""
-    for section in (checkpoint.config, *(value for value in checkpoint.config.values() if isinstance(value, dict))):
-        if isinstance(section.get("quantization_config"), dict):
-            return str(section["quantization_config"].get("quant_method") or "a quantiser")
-    return ""
 
 
 def load_options(checkpoint: Checkpoint, how: str, device: str, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -257,7 +250,7 @@ def load_options(checkpoint: Checkpoint, how: str, device: str, trust_remote_cod
 
     options: dict[str, Any] = {"dtype": getattr(torch, DTYPES.get(how, "bfloat16"))}
     if how == "stored":
-        options["dtype"] = "auto" if _quantiser(checkpoint) else getattr(torch, TORCH_DTYPES[stored_dtype(checkpoint)])
+        options["dtype"] = "auto" if packed_by(checkpoint.config) else getattr(torch, TORCH_DTYPES[stored_dtype(checkpoint)])
     elif how == "int8":
         # It computes in float16, and says for each layer of each batch that it does.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -269,7 +262,7 @@ def load_options(checkpoint: Checkpoint, how: str, device: str, trust_remote_cod
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    if _quantiser(checkpoint) == "bitnet" and device == "cpu":
+    if packed_by(checkpoint.config) == "bitnet" and device == "cpu":
         torch.compiler.set_stance("force_eager")  # its unpacking is compiled, which needs a C++ compiler and is slower on a CPU
     if checkpoint.config.get("auto_map") and not is_native(checkpoint.config):
         options["trust_remote_code"] = trust_remote_code

@@ -149,7 +149,7 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     """Load a tensor."""
     import torch
 
-    return torch.frombuffer(b"".join(tensor.chunks()), dtype=getattr(torch, FLOATS[tensor.dtype])).reshape(tensor.shape)
+    return torch.frombuffer(bytearray().join(tensor.chunks()), dtype=getattr(torch, FLOATS[tensor.dtype])).reshape(tensor.shape)
 
 
 def _pieces(tensor: Tensor) -> Iterator[torch.Tensor]:
@@ -157,7 +157,7 @@ def _pieces(tensor: Tensor) -> Iterator[torch.Tensor]:
     import torch
 
     for chunk in tensor.chunks():
-        yield torch.frombuffer(chunk, dtype=getattr(torch, FLOATS[tensor.dtype]))
+        yield torch.frombuffer(bytearray(chunk), dtype=getattr(torch, FLOATS[tensor.dtype]))
 
 
 def _sums(weight: Tensor, update: Update, read: Reader) -> Iterator[tuple[int, torch.Tensor]]:

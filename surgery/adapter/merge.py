@@ -20,7 +20,7 @@ from typing import Any
 from ..checkpoint import Checkpoint, Span, Tensor, find_source, open_checkpoint, read_header, split_revision
 from ..choose import format_layers
 from ..errors import DowncycleError
-from ..families import TEXT_SECTIONS
+from ..quantizer import packed_by
 from ..sources import Source
 from ..stack import OTHER_TOWERS
 from .config import AdapterConfig, read_adapter_config
@@ -113,11 +113,8 @@ def _sort(stored: Mapping[str, Tensor], where: str) -> tuple[dict[str, Parts], d
 
 
 def _check_base(base: Checkpoint) -> None:
-    sections = (base.config, *(base.config[name] for name in TEXT_SECTIONS if isinstance(base.config.get(name), dict)))
-    for section in sections:
-        if quantised := section.get("quantization_config"):
-            method = quantised.get("quant_method", "some method") if isinstance(quantised, dict) else "some method"
-            raise DowncycleError(f"{base.name}: quantised ({method}); merge into the unquantised model, and quantise the result")
+    if method := packed_by(base.config):
+        raise DowncycleError(f"{base.name}: packed by {method}; merge into the unquantised model, and quantise the result")
 
 
 def _check_layers(base: Checkpoint, where: str, modules: set[str], merge: Merge) -> None:

@@ -35,12 +35,6 @@ class Fitted:
     notes: tuple[str, ...] = ()
 
 
-def is_packed(checkpoint: Checkpoint) -> bool:
-    """Whether a quantiser packed a model's weights, so that none of them can be changed."""
-    config = checkpoint.config
-    return any("quantization_config" in section for section in (config, *(value for value in config.values() if isinstance(value, dict))))
-
-
 def save_fitted(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write fitted tensors, one at a time, whole or not at all."""
     import torch

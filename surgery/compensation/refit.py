@@ -19,7 +19,8 @@ from ..importance.parts import Parts, State
 from ..importance.paths import WHOLE, Dropped, Progress, to_ids
 from ..importance.states import States
 from ..model import TORCH_DTYPES
-from .fold import Fitted, is_packed
+from ..quantizer import packed_by
+from .fold import Fitted
 from .layer_fit import CHECKED, Between, Sample, fit_layer, streams_at
 from .output import Writer, find_writers
 from .stored import find_stored
@@ -65,8 +66,8 @@ def refit(
     """
     import torch
 
-    if is_packed(parts.checkpoint) or "quantization_config" in parts.options:
-        ways = "try --compensate none" if is_packed(parts.checkpoint) else "give another --load, or try --compensate scale"
+    if packed_by(parts.checkpoint.config) or "quantization_config" in parts.options:
+        ways = "try --compensate none" if packed_by(parts.checkpoint.config) else "give another --load, or try --compensate scale"
         raise UnsuitableError(f"{parts.checkpoint.name}: its weights are packed, and cannot be fitted; {ways}")
     kept = [layer for layer in range(parts.depth) if layer not in path]
     pair = Pair(parts, batches, kept, states.part("parent"), states.part("child"))

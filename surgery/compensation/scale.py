@@ -20,8 +20,9 @@ from ..errors import DowncycleError, UnsuitableError
 from ..importance.parts import Parts
 from ..importance.paths import Dropped
 from ..model import class_and_config
+from ..quantizer import packed_by
 from ..stack import Layer, Stack, split_layers
-from .fold import Fitted, is_packed
+from .fold import Fitted
 from .stored import find_stored, holds
 from .writers import Weight, check_layer, embedding_weights, head_weights, layer_weights, multiply, refusal
 
@@ -109,7 +110,7 @@ def _unpacked(parts: Parts) -> Parts:
     """Return a model whose weights are numbers: itself, or the same loaded without the quantiser that was asked for."""
     import torch
 
-    if is_packed(parts.checkpoint):
+    if packed_by(parts.checkpoint.config):
         raise UnsuitableError(f"{parts.checkpoint.name}: its weights are packed, and no factor goes into them; try --compensate none")
     if "quantization_config" not in parts.options:
         return parts

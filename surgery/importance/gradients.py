@@ -6,6 +6,7 @@ Needs the whole model's states at each depth, as `run_paths` keeps them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsuitableError
@@ -39,6 +40,7 @@ def taylor_scores(
         _from_the_head(parts, batches, states, gradients)
         gradients.finish(1, found)
         done = 1
+        parts.release()  # the head is done with
     for number in reversed(range(parts.depth + 1 - done)):
         progress("going back through the layers", parts.depth - 1 - number, parts.depth)
         found = [_layer_score(parts, number, batches, states, gradients), *found]
@@ -67,6 +69,7 @@ def _layer_score(parts: Parts, number: int, batches: Sequence[Batch], states: St
     layer = parts.layer(number)
     weights = _differentiable(parts, number, layer)
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    hooks = [weight.register_post_accumulate_grad_hook(partial(_take, total)) for weight, total in zip(weights, sums, strict=True)]
     depth = parts.depth - number
     for place, batch in enumerate(batches):
         leaves, state = _as_leaves(states.get(number, WHOLE, place, parts.device))
@@ -77,13 +80,17 @@ def _layer_score(parts: Parts, number: int, batches: Sequence[Batch], states: St
             _go_back(after, behind)
             behind = _gradients_of(leaves)
         gradients.put(depth + 1, WHOLE, place, behind)
-        for weight, total in zip(weights, sums, strict=True):
-            if weight.grad is not None:
-                total += weight.grad
-                weight.grad = None
-    for weight in weights:
+    for weight, hook in zip(weights, hooks, strict=True):
+        hook.remove()
         weight.requires_grad_(False)
     return metrics.taylor(zip(weights, sums, strict=True))
+
+
+def _take(total: torch.Tensor, weight: torch.Tensor) -> None:
+    """Add a weight's gradient to a sum and let it go, so that those of a layer's weights are never in memory together."""
+    gradient, weight.grad = weight.grad, None
+    assert gradient is not None  # this is called once there is one
+    total += gradient
 
 
 def _differentiable(parts: Parts, number: int, layer: nn.Module) -> list[torch.Tensor]:

@@ -1,12 +1,9 @@
 """Every causal-LM family of the installed transformers is cut exactly or refused, as FAMILIES.md says."""
 
-import logging
-
 import pytest
 
 pytest.importorskip("torch")
 
-import torch
 
 from downcycle.surgery.depth_fields import FIELD_RULES
 from downcycle.surgery.families import UNIFORM
@@ -14,17 +11,9 @@ from downcycle.surgery.families import UNIFORM
 import families
 from tiny_models import FAMILIES, VARIANTS
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 STATED = families.read_table()
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    families.transformers.utils.logging.disable_progress_bar()
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(before)
 
 
 @pytest.mark.filterwarnings("ignore")

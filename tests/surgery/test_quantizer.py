@@ -3,7 +3,7 @@
 import pytest
 
 from downcycle import DowncycleError
-from downcycle.surgery.quantizer import renumber_config, renumber_modules
+from downcycle.surgery.quantizer import packed_by, renumber_config, renumber_modules
 
 MOVED = {0: [0], 2: [1], 5: [2, 3], 11: [4]}
 
@@ -58,3 +58,18 @@ def test_sections_and_other_values():
     assert config["quantization_config"] == {"ignore": []}
     expected = {"ignore": ["layers.1"], "bits": 4, "scheme": "layers.2", "groups": [{"targets": ["layers.0"]}]}
     assert config["text_config"]["quantization_config"] == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({}, ""),
+        ({"quantization_config": None}, ""),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ({"quantization_config": {"bits": 4}}, "a quantiser"),
+        ({"quantization_config": "odd"}, "a quantiser"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+    ],
+)
+def test_what_packed_a_model_is_named_by_its_config(config, name):
+    assert packed_by({"model_type": "llama", **config}) == name

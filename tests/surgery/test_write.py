@@ -6,9 +6,7 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 from collections import namedtuple
-from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 
@@ -400,44 +398,29 @@ def test_a_fault_of_the_disk_is_one_line_that_names_the_staging_folder(cut, tree
     assert not staging.exists()
 
 
-@contextmanager
-def mounted(folder, options):
-    """A small disk of its own, where this process may mount one."""
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here; the faults above are made by hand")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def test_a_real_full_disk(make, tmp_path, monkeypatch):
+def test_a_real_full_disk(make, disk, tmp_path, monkeypatch):
     make(tmp_path / "m", hidden=96, shards=2)
-    child = keep_layers(open_checkpoint(tmp_path / "m"), [0, 1, 2])
-    with mounted(tmp_path / "disk", "size=256k"):
-        with pytest.raises(DowncycleError, match="are needed and 0.3 MB are free"):
-            write(child, tmp_path / "disk" / "c")
-        assert names(tmp_path / "disk") == []
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12))  # somebody else fills it meanwhile
-        with pytest.raises(
-            DowncycleError, match=r"c is not complete: the disk is full; free some space. What is done stays in .*\.c\.downcycle"
-        ):
-            write(child, tmp_path / "disk" / "c", max_shard_size=50_000)
-        done = state(staging_path(tmp_path / "disk" / "c"))
-        assert done
-        subprocess.run(["mount", "-o", "remount,size=4m", tmp_path / "disk"], check=True)
-        write(child, tmp_path / "disk" / "c", max_shard_size=50_000)
-        assert done.items() <= state(tmp_path / "disk" / "c").items()
-        assert names(tmp_path / "disk") == sorted(["c", *(f"c/{name}" for name in names(tmp_path / "disk" / "c"))])
-
-
-def test_a_real_read_only_disk(cut, tmp_path):
-    with (
-        mounted(tmp_path / "disk", "size=1m,ro"),
-        pytest.raises(DowncycleError, match="nothing can be written into .*/disk; choose another"),
+    child, place = keep_layers(open_checkpoint(tmp_path / "m"), [0, 1, 2]), disk("size=256k")
+    with pytest.raises(DowncycleError, match="are needed and 0.3 MB are free"):
+        write(child, place / "c")
+    assert names(place) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12))  # somebody else fills it meanwhile
+    with pytest.raises(
+        DowncycleError, match=r"c is not complete: the disk is full; free some space. What is done stays in .*\.c\.downcycle"
     ):
-        write(cut, tmp_path / "disk" / "new" / "c")
+        write(child, place / "c", max_shard_size=50_000)
+    done = state(staging_path(place / "c"))
+    assert done
+    disk("size=4m")
+    write(child, place / "c", max_shard_size=50_000)
+    assert done.items() <= state(place / "c").items()
+    assert names(place) == sorted(["c", *(f"c/{name}" for name in names(place / "c"))])
+
+
+def test_a_real_read_only_disk(cut, disk):
+    place = disk("size=1m,ro")
+    with pytest.raises(DowncycleError, match="nothing can be written into .*/disk; choose another"):
+        write(cut, place / "new" / "c")
 
 
 def test_a_folder_where_nobody_may_write(cut):

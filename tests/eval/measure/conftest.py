@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,18 +14,6 @@ MODEL = Path(__file__).parents[3] / "recipes" / "demo" / "model"
 TOKENIZERS = {"bos": (), "both": (), "eos": ("post_processor",), "none": ("post_processor", "eos_token")}  # what is taken away
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 4096}
 TINY = SIZES | {"num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 4080, "eos_token_id": 4081}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as small as these run faster so."""
-    torch = sys.modules.get("torch")
-    before = torch.get_num_threads() if torch else 0
-    if torch:
-        torch.set_num_threads(1)
-    yield
-    if torch:
-        torch.set_num_threads(before)
 
 
 def add_tokenizer(folder: Path, kind: str = "bos") -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,21 +16,6 @@ MODEL = Path(__file__).parents[3] / "recipes" / "demo" / "model"
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096}
 TINY = SIZES | {"max_position_embeddings": 64, "bos_token_id": 4080, "eos_token_id": 4081}
 SENTENCE = "the model reads one layer at a time and says how much of each text it could foretell when some other part is gone"
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """Models as small as these run faster on one thread; transformers' bars hide what a test says."""
-    torch = sys.modules.get("torch")
-    before = torch.get_num_threads() if torch else 0
-    if torch:
-        import transformers
-
-        torch.set_num_threads(1)
-        transformers.utils.logging.disable_progress_bar()
-    yield
-    if torch:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -111,7 +111,9 @@ def test_rounding_is_to_nearest_even_from_float64_on():
     """Numbers on both sides of the middle of two bfloat16, nearer to it than float32 can tell."""
     middle = 1 + 2**-8
     values = [middle, middle + 2**-40, middle - 2**-40, middle + 2**-7, middle + 2**-7 - 2**-40, -middle - 2**-40, 0.0]
-    rounded = torch.frombuffer(lowrank._round(torch.tensor(values, dtype=torch.float64), "BF16", "x"), dtype=torch.bfloat16).double()
+    rounded = torch.frombuffer(
+        bytearray(lowrank._round(torch.tensor(values, dtype=torch.float64), "BF16", "x")), dtype=torch.bfloat16
+    ).double()
     up = 1 + 2**-7
     assert rounded.tolist() == [1, up, 1, 1 + 2**-6, up, -up, 0]
 

@@ -145,7 +145,7 @@ def test_a_quantised_base(refusal, llama, tmp_path, place):
     config = json.loads((folder / "config.json").read_text())
     (config if place == "config" else config.setdefault(place, {}))["quantization_config"] = {"quant_method": "gptq"}
     (folder / "config.json").write_text(json.dumps(config))
-    assert "quantised (gptq); merge into the unquantised model" in refusal(open_checkpoint(folder), llama[1])
+    assert "packed by gptq; merge into the unquantised model" in refusal(open_checkpoint(folder), llama[1])
 
 
 def test_a_weight_in_a_packed_dtype(refusal, llama, tmp_path):

@@ -12,7 +12,6 @@ from safetensors.torch import load_file  # noqa: E402
 from downcycle import DowncycleError, keep_layers, open_checkpoint, write  # noqa: E402
 from downcycle.surgery.compensation.fold import (  # noqa: E402
     fitted_digests,
-    is_packed,
     keep_compensated,
     open_fitted,
     save_fitted,
@@ -136,10 +135,3 @@ def test_what_was_fitted_is_taken_only_with_its_digest(parent, fitted):
 @pytest.mark.parametrize("how", [None, 5, "refit", [], {}, {"tensors": None}, {"tensors": ["a"]}, {"tensors": {}}])
 def test_lineages_that_name_no_fitted_tensor(how):
     assert fitted_digests({"compensation": how}) == fitted_digests({}) == fitted_digests(how) == {}
-
-
-def test_packed_models_are_known_by_their_config(parent):
-    packed = {"quant_method": "gptq", "bits": 4}
-    assert not is_packed(parent)
-    assert is_packed(replace(parent, config={**parent.config, "quantization_config": packed}))
-    assert is_packed(replace(parent, config={**parent.config, "text_config": {"quantization_config": packed}}))

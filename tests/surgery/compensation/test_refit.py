@@ -3,7 +3,6 @@
 The oracle knows nothing of the package: stock transformers runs the model with some of its layers, and least squares are solved by QR.
 """
 
-import logging
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -26,21 +25,13 @@ from downcycle.surgery.importance.states import States  # noqa: E402
 
 from tiny_models import DEPTH, FAMILIES, model_class, tiny_config, tiny_model  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 PATHS = [{2, 3, 6}, {0, 1, 5}, {6, 7}, {1}]
 
 
 def name_of(path):
     return ",".join(map(str, sorted(path)))
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(before)
 
 
 @pytest.fixture(scope="module")

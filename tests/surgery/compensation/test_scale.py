@@ -3,7 +3,6 @@
 The oracle knows nothing of the package: the stock parent in memory, whose dropped layers pass on what they are given, times the factor.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf, nan
@@ -28,6 +27,8 @@ from downcycle.surgery.model import load_model  # noqa: E402
 import families  # noqa: E402
 from tiny_models import DEPTH, inputs, tiny_config, tiny_model  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 PATH = frozenset({2, 3, 6})
 FACTORS = {(2, 4): 1.7, (6, 7): 0.6}
 EXACT = [
@@ -42,16 +43,6 @@ REFUSED = {
     "flex_olmo": "no tensor of it holds the values of mlp.experts.gate_up_proj",  # the file has gate and up apart
     "zamba": "layer 1 takes the embeddings from elsewhere than the layer before it",
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    families.transformers.utils.logging.disable_progress_bar()
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(before)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Tiny models on disk, samples of different lengths, and the whole model as the oracle of what is run layer by layer."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,21 +9,6 @@ import pytest
 from downcycle.surgery.importance.calibration import Batch, Sample, make_batches
 
 SHAPES = [(13, 1), (13, 1), (13, 4), (13, 1), (9, 8), (2, 1), (2, 1), (2, 1)]  # tokens of a sample, and how many are given
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """Models as small as these run faster on one thread; transformers' bars hide what a test says."""
-    torch = sys.modules.get("torch")
-    before = torch.get_num_threads() if torch else 0
-    if torch:
-        import transformers
-
-        torch.set_num_threads(1)
-        transformers.utils.logging.disable_progress_bar()
-    yield
-    if torch:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 The oracle is tests/families.py: the parent in memory, whose dropped layers pass on what they are given.
 """
 
-import logging
 from contextlib import suppress
 
 import pytest
@@ -24,6 +23,8 @@ from downcycle.surgery.layers import keep_layers  # noqa: E402
 import families  # noqa: E402
 from tiny_models import DEPTH, FAMILIES, VARIANTS, stand_in_for_timm, tiny_model  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 # All that cannot be run layer by layer, and what is said of it.
 REFUSED = {
     "emu3": "lacks lm_head.weight, model.embed_tokens.weight, .*, which a Emu3ForCausalLM needs",  # as `load_model` says of it whole
@@ -39,16 +40,6 @@ REFUSED = {
 UNUSED = {"mllama": {1, 4, 6}, "mllama_text_model": {1, 4, 6}}  # layers that look at images only
 DROPPED = [frozenset(range(DEPTH)) - frozenset(kept) for kept in families.CUTS.values()] + [frozenset({0}), frozenset({3}), frozenset({7})]
 IDS = torch.randint(10, 60, (2, 13), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    torch.set_num_threads(1)
-    families.transformers.utils.logging.disable_progress_bar()
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(before)
 
 
 def saved(name, folder):

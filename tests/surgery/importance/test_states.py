@@ -4,8 +4,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -178,32 +176,18 @@ def test_a_run_begins_anew_where_states_are_damaged(tiny, batches, tmp_path):
 # No room.
 
 
-@contextmanager
-def mounted(folder, options):
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk(tiny, batches, tmp_path):
+def test_a_full_disk(tiny, batches, disk, tmp_path):
     """What stands there stays, so that the same run goes on when there is room."""
     checkpoint, paths = open_checkpoint(tiny()), [WHOLE, *(frozenset({layer}) for layer in range(8))]
-    with mounted(tmp_path / "disk", "size=200k"):
-        states = States(tmp_path / "disk" / "states")
-        with pytest.raises(
-            DowncycleError, match=r"disk/states: cannot hold the hidden states \(No space left on device; 0.0 GB free\); give"
-        ):
-            run_paths(Parts(checkpoint), batches, paths, states)
-        begin, _ = states.finished()
-        assert begin > 0
-        subprocess.run(["mount", "-o", "remount,size=8m", tmp_path / "disk"], check=True)
-        parts = Parts(checkpoint)
-        assert run_paths(parts, batches, paths, states) == run_paths(Parts(checkpoint), batches, paths, States(tmp_path / "sound"))
-        assert parts.loads == 8 - begin
+    states = States(disk("size=200k") / "states")
+    with pytest.raises(DowncycleError, match=r"disk/states: cannot hold the hidden states \(No space left on device; 0.0 GB free\); give"):
+        run_paths(Parts(checkpoint), batches, paths, states)
+    begin, _ = states.finished()
+    assert begin > 0
+    disk("size=8m")
+    parts = Parts(checkpoint)
+    assert run_paths(parts, batches, paths, states) == run_paths(Parts(checkpoint), batches, paths, States(tmp_path / "sound"))
+    assert parts.loads == 8 - begin
 
 
 def test_a_limit_on_the_size_of_files(tmp_path):
