@@ -15,7 +15,7 @@ from ...surgery.importance.states import States
 from ...surgery.layers import keep_layers
 from ..content import cache_folder, content_digest
 from .measure import HIDDEN, held_out_loss, held_out_losses, measure
-from .study import Study
+from .study import Study, check_equations
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def _fitted(study: Study, path: Dropped, method: str, states: States) -> Fitted:
         return scale(study.parts, path, measure(study, HIDDEN)[HIDDEN]["ratios"])
     from ...surgery.compensation.refit import refit
 
+    check_equations(study.checkpoint, study.device)
     return refit(study.parts, study.fit, path, states, study.progress)
 
 

@@ -104,3 +104,16 @@ def check_memory(checkpoint: Checkpoint, load: str, device: str) -> bool:
             f"{format_gib(needs)} with what is computed, and {device} has {format_gib(free)} free; use a machine with more memory"
         )
     return whole <= SMALL if device == "cpu" else whole + WORKING <= RESIDENT * free
+
+
+def check_equations(checkpoint: Checkpoint, device: str) -> None:
+    """Refuse to fit maps whose normal equations do not fit into memory: sums and Cholesky factor, [inputs, inputs] in float64 each."""
+    size = model_size(checkpoint)
+    sides = [max(one.rows, one.columns) for one in size.matrices if size.hidden in (one.rows, one.columns) and not one.routed]
+    widest = max(sides, default=size.hidden)
+    needs, free = 8 * 2 * widest * (widest + size.hidden) + WORKING, free_memory(device)
+    if needs > free:
+        raise DowncycleError(
+            f"{checkpoint.name}: fitting a map of {widest} inputs takes {format_gib(needs)}, its equations being float64, and {device} has "
+            f"{format_gib(free)} free; try --compensate scale, or use a machine with more memory"
+        )

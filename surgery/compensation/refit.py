@@ -7,7 +7,7 @@ at its own depth, on what the child fitted so far makes of the samples. How one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -42,15 +42,39 @@ class Pair:
     kept: list[int]
     parent: States
     child: States
+    fitted: States
 
     def target(self, done: int) -> int:
         """The parent's depth whose hidden states should leave the child's layer: where its next layer is entered."""
         return self.kept[done + 1] if done + 1 < len(self.kept) else self.parts.depth
 
     def together(self) -> bool:
-        """Whether what was left of the parent is where the child goes on from."""
+        """Whether what was left of the parent is where the child goes on from, and what was fitted so far is there."""
         begin, parent = self.child.finished()[0], self.parent.finished()[0]
-        return (self.target(begin - 1) if begin else 0) <= parent <= self.target(begin)
+        return (self.target(begin - 1) if begin else 0) <= parent <= self.target(begin) and self.fitted.finished()[0] >= begin
+
+
+class _Kept(Mapping[str, "torch.Tensor"]):
+    """Fitted weights by name, each read when it is asked for, as all of them take a good part of the model's memory.
+
+    Args:
+        places: of each, the depth and the number that it stands under.
+    """
+
+    def __init__(self, states: States, places: Mapping[str, tuple[int, int]]):
+        self.states, self.places = states, places
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        depth, number = self.places[name]
+        kept = self.states.get(depth, WHOLE, number)
+        assert kept is not None
+        return kept.hidden
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 def refit(
@@ -70,12 +94,12 @@ def refit(
         ways = "try --compensate none" if packed_by(parts.checkpoint.config) else "give another --load, or try --compensate scale"
         raise UnsuitableError(f"{parts.checkpoint.name}: its weights are packed, and cannot be fitted; {ways}")
     kept = [layer for layer in range(parts.depth) if layer not in path]
-    pair = Pair(parts, batches, kept, states.part("parent"), states.part("child"))
-    if not pair.together():  # the states of one were damaged, and are deleted
+    pair = Pair(parts, batches, kept, states.part("parent"), states.part("child"), states.part("fitted"))
+    if not pair.together():  # some were damaged, and are deleted
         states.clear()
     begin, notes = pair.child.finished()
     parts.recall(pair.parent.finished()[1])
-    fitted, said, possible = notes or ({}, [], False)
+    places, said, possible = notes or ({}, [], False)
     with torch.inference_mode():
         for done in range(begin, len(kept)):
             progress("refitting the layers", kept[done], parts.depth)
@@ -87,15 +111,15 @@ def refit(
                 layer = own if number == kept[done] else parts.layer(number)
                 _advance_parent(pair, number, layer, [one.at for one in writers if one.at] if number + 1 == target else [])
             found, remarks = _fit(pair, done, own, writers)
+            places, said, possible = places | _keep(pair, done, found), said + remarks, possible or bool(writers)
             _advance_child(pair, done, own, plain=target == done + 1)
-            fitted, said, possible = fitted | found, said + remarks, possible or bool(writers)
-            pair.child.finish(done + 1, (fitted, said, possible))
+            pair.child.finish(done + 1, (places, said, possible))
     parts.release()
     if path and not possible:
         raise UnsuitableError(
             f"{parts.checkpoint.name}: none of the layers to fit has a map whose output is added to the hidden states as it is; try scale"
         )
-    return Fitted(fitted, tuple(said))
+    return Fitted(_Kept(pair.fitted, places), tuple(said))
 
 
 def _writers(pair: Pair, done: int, layer: nn.Module) -> list[Writer]:
@@ -126,6 +150,14 @@ def _fit(pair: Pair, done: int, layer: nn.Module, writers: Sequence[Writer]) -> 
     changed, notes = fit_layer(layer, writers, list(_samples(pair, done, layer)), dtypes)
     weights = {stored[name]: layer.get_parameter(f"{name}.weight").detach().to(dtypes[name]).clone() for name in changed}
     return weights, [f"layer {number}, {note}" for note in notes]
+
+
+def _keep(pair: Pair, done: int, fitted: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """Put fitted weights on disk; return where each stands."""
+    for number, weight in enumerate(fitted.values()):
+        pair.fitted.put(done + 1, WHOLE, number, State(weight))
+    pair.fitted.finish(done + 1, None, keep=True)
+    return {name: (done + 1, number) for number, name in enumerate(fitted)}
 
 
 def _samples(pair: Pair, done: int, layer: nn.Module) -> Iterator[Sample]:

@@ -162,8 +162,20 @@ def test_a_lasting_refusal_is_remembered_and_leaves_nothing(tiny, study, copy, l
 def test_the_memory_is_asked_for_what_is_fitted_too(tiny, study, monkeypatch):
     of = study(tiny())
     monkeypatch.setattr(study_module, "free_memory", lambda device: 1000)
-    outcome = compensated(of, PATH, "refit")
-    assert "cpu has 0.0 GiB free" in outcome.refused or "free; use a machine with more memory" in outcome.refused
+    outcome = compensated(of, PATH, "scale")
+    assert outcome.refused.endswith("GiB free; use a machine with more memory")
+
+
+def test_the_memory_is_asked_for_the_equations(tiny, study, monkeypatch):
+    """A map of 2^17 inputs: sums and factor of 128 GiB each; 32 outputs add next to nothing. It may fit another time."""
+    of = study(tiny())
+    size = study_module.model_size(of.checkpoint)
+    wide = replace(size, matrices=(*size.matrices, replace(size.matrices[0], rows=32, columns=2**17)))
+    with monkeypatch.context() as patched:
+        patched.setattr(study_module, "model_size", lambda checkpoint: wide)
+        refused = compensated(of, PATH, "refit").refused
+    assert re.search(r"fitting a map of 131072 inputs takes 257 GiB, its equations being float64, and cpu has .* try --comp", refused)
+    assert compensated(of, PATH, "refit").loss
 
 
 # The parent on a Hub.

@@ -309,6 +309,22 @@ def test_a_finished_fit_reads_no_layer(saved, tmp_path):
     assert parts.loads == 0
 
 
+def test_fitted_weights_stand_on_disk_and_damaged_ones_are_fitted_again(saved, tmp_path):
+    """What is noted after each layer names the weights and does not hold them."""
+    wanted = dict(fit(saved(), {2, 3, 6}, tmp_path / "wanted").tensors)
+    fitted = fit(saved(), {2, 3, 6}, tmp_path / "states")
+    held = sum(weight.nbytes for weight in wanted.values())
+    assert sum(mark.stat().st_size for mark in (tmp_path / "states" / "child").glob("*/done")) < held / 2
+    files = sorted((tmp_path / "states" / "fitted").glob("*/*.pt"))
+    assert len(files) == len(wanted)
+    files[0].write_bytes(files[0].read_bytes()[:-1] + b"?")
+    with pytest.raises(DowncycleError, match="is damaged or gone, and the rest is deleted now; run the same once more"):
+        dict(fitted.tensors)
+    parts = Parts(open_checkpoint(saved()))
+    equal(fit(saved(), {2, 3, 6}, tmp_path / "states", parts=parts).tensors, wanted)
+    assert parts.loads == DEPTH
+
+
 # Families.
 
 
