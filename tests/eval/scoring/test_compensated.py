@@ -163,7 +163,7 @@ def test_the_memory_is_asked_for_what_is_fitted_too(tiny, study, monkeypatch):
     of = study(tiny())
     monkeypatch.setattr(study_module, "free_memory", lambda device: 1000)
     outcome = compensated(of, PATH, "scale")
-    assert outcome.refused.endswith("GiB free; use a machine with more memory")
+    assert outcome.refused.endswith("MiB free; use a machine with more memory")
 
 
 def test_the_memory_is_asked_for_the_equations(tiny, study, monkeypatch):
