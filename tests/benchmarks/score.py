@@ -28,6 +28,7 @@ from llama import Shape, write_model
 
 PARTS = ("memory", "time", "work", "demo", "peers")
 DOWNCYCLE = Path(sys.executable).with_name("downcycle")
+CALIBRATION = ("--calibrate", "demo", "--samples", "8", "--length", "256")
 MODEL = Path(__file__).parents[2] / "recipes/demo/model"
 
 
@@ -45,7 +46,7 @@ def main() -> None:
 
         print(f"{machine_words()}; load {os.getloadavg()[1]:.1f}")
         if "time" in options.parts:
-            print_time(options.rounds)
+            print_time(Path(folder), options.rounds)
         if "work" in options.parts:
             print_work()
         if "demo" in options.parts:
@@ -64,50 +65,61 @@ def print_memory(work: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, parent)
     print("4.94 GB bf16 Llama of 32 layers, 8 samples of 256 tokens, on the CPU:")
-    for rule in ("bi", "taylor", "ppl"):
-        command = [str(DOWNCYCLE), "--src", str(parent), "--keep", "24" if rule != "ppl" else "31", "--select", rule, "--calibrate", "demo"]
-        run = measure([*command, "--samples", "8", "--length", "256", "--dry-run", "--out", str(work / "out")])
-        print(f"  --select {rule:7} {run.seconds:6.1f} s, peak {run.peak / 1e9:.2f} GB")
+    for rule, keep, compensate in (("bi", 24, "none"), ("taylor", 24, "none"), ("ppl", 31, "none"), ("bi", 24, "refit")):
+        command = [str(DOWNCYCLE), "--src", str(parent), "--keep", str(keep), "--select", rule, "--compensate", compensate]
+        run = measure([*command, *CALIBRATION, "--dry-run", "--out", str(work / "out")])
+        print(f"  --select {rule:6} --compensate {compensate:5} {run.seconds:6.1f} s, peak {run.peak / 1e9:.2f} GB")
     shutil.rmtree(parent)
 
 
 # Time and work, in this process.
 
 
-def print_time(rounds: int) -> None:
+def print_time(work: Path, rounds: int) -> None:
     """Time one pass that takes all single-pass metrics beside plain forwards of the whole model over the same batches, in turn."""
+    from downcycle import open_checkpoint
+
+    write_model(work / "half", Shape(hidden=1024, intermediate=3072, heads=16, kv_heads=4, vocab=32000), 10**9, sparse=False)
+    half = open_checkpoint(work / "half")
+    for checkpoint, samples in ((half, 16), (open_checkpoint("demo"), 64)):
+        batches = study(samples=samples).fit
+        print(f"{checkpoint.num_layers} layers, {checkpoint.nbytes / 1e6:.0f} MB, {sum(batch.ids.size for batch in batches):,} tokens:")
+        for dtype in ("float32", "bfloat16"):
+            ours, plain = _times(checkpoint, batches, dtype, rounds)
+            print(f"  {dtype}: all single-pass metrics {ours:.2f} s, plain forwards {plain:.2f} s: {ours / plain:.2f} x")
+    shutil.rmtree(work / "half")
+
+
+def _times(checkpoint, batches, dtype, rounds):  # noqa: ANN001, ANN202
     import torch
 
-    from downcycle import load_model, open_checkpoint
+    from downcycle import load_model
     from downcycle.surgery.importance.observers import Influences, LastTokens, Magnitudes
     from downcycle.surgery.importance.parts import Parts
     from downcycle.surgery.importance.paths import WHOLE, run_paths
     from downcycle.surgery.importance.states import States
 
-    checkpoint = open_checkpoint("demo")
-    for dtype in (torch.float32, torch.bfloat16):
-        model, batches = load_model(checkpoint, dtype=dtype), study().fit
+    options = {"dtype": getattr(torch, dtype)}
+    model = load_model(checkpoint, **options)
 
-        def plain() -> None:
-            with torch.inference_mode():
-                for batch in batches:  # noqa: B023
-                    model(input_ids=torch.from_numpy(batch.ids), use_cache=False)  # noqa: B023
+    def plain() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model(input_ids=torch.from_numpy(batch.ids), use_cache=False)
 
-        def scored() -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                parts = Parts(checkpoint, dtype=dtype)  # noqa: B023
-                observers = [kind(parts.depth) for kind in (Influences, LastTokens, Magnitudes)]
-                run_paths(parts, batches, [WHOLE], States(Path(folder)), observers=observers)  # noqa: B023
+    def scored() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            parts = Parts(checkpoint, **options)
+            observers = [kind(parts.depth) for kind in (Influences, LastTokens, Magnitudes)]
+            run_paths(parts, batches, [WHOLE], States(Path(folder)), observers=observers)
 
-        seconds: dict[str, list[float]] = {"plain": [], "scored": []}
-        for _ in range(rounds):
-            for name, run in (("plain", plain), ("scored", scored)):
-                began = time.perf_counter()
-                run()
-                seconds[name].append(time.perf_counter() - began)
-        ours, bare = median(seconds["scored"]), median(seconds["plain"])
-        tokens = sum(batch.ids.size for batch in batches)
-        print(f"{dtype}, {tokens:,} tokens: all single-pass metrics {ours:.2f} s, plain forwards {bare:.2f} s: {ours / bare:.2f} x")
+    seconds: dict[str, list[float]] = {"plain": [], "scored": []}
+    for _ in range(rounds):
+        for name, run in (("plain", plain), ("scored", scored)):
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    return median(seconds["scored"]), median(seconds["plain"])
 
 
 def print_work() -> None:
