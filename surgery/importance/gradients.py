@@ -58,8 +58,8 @@ def _from_the_head(parts: Parts, batches: Sequence[Batch], states: States, gradi
         ids = to_ids(batch, parts.device)
         leaves, state = _as_leaves(states.get(parts.depth, WHOLE, place, parts.device))
         with torch.enable_grad():
-            for columns in pieces(parts, ids):
-                (piece_losses(parts, batch, ids, state, columns).sum() / tokens).backward()
+            for piece in pieces(parts, ids, state):
+                (piece_losses(parts, batch, ids, state, *piece).sum() / tokens).backward()
         gradients.put(1, WHOLE, place, _gradients_of(leaves))
 
 

@@ -50,8 +50,10 @@ def _rows(state: Tensor) -> Iterator[Tensor]:
 
 def _cosines(left: Tensor, right: Tensor) -> Tensor:
     """[n, d] twice, float64 -> [n]; of a row with itself exactly 1."""
-    squares = (left * left).sum(-1) * (right * right).sum(-1)
-    return ((left * right).sum(-1) / squares.sqrt().clamp_min(_tiny())).clamp(-1, 1)
+    from torch.linalg import vecdot
+
+    squares = vecdot(left, left) * vecdot(right, right)
+    return (vecdot(left, right) / squares.sqrt().clamp_min(_tiny())).clamp(-1, 1)
 
 
 def last_tokens(state: Tensor) -> Tensor:

@@ -46,6 +46,15 @@ class State:
         """The hidden states."""
         return self.returned[0] if isinstance(self.returned, tuple | list) else self.returned
 
+    def of(self, samples: slice) -> State:
+        """What stands there of some samples, where it can be taken apart."""
+        return State(self.returned[samples])
+
+    @property
+    def comes_apart(self) -> bool:
+        """Whether hidden states [batch, tokens, width] are all that stands there."""
+        return self.returned is self.hidden and self.hidden.ndim == 3 and not self.shared
+
 
 class _Reached(Exception):
     """A frame's forward came to a layer that has not been run."""

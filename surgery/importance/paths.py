@@ -140,32 +140,39 @@ def sum_losses(parts: Parts, batch: Batch, ids: torch.Tensor, state: State | Non
     import torch
 
     sums = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
-    for columns in pieces(parts, ids):
-        sums += piece_losses(parts, batch, ids, state, columns).double().sum(1)
+    for samples, columns in pieces(parts, ids, state):
+        sums[samples] += piece_losses(parts, batch, ids, state, samples, columns).double().sum(1)
     if not bool(sums.isfinite().all()):
         name = parts.checkpoint.name
         raise DowncycleError(f"{name}: the output of the final norm or the head is not finite{why_not_finite(parts.frame)}")
     return sums
 
 
-def piece_losses(parts: Parts, batch: Batch, ids: torch.Tensor, state: State | None, columns: torch.Tensor) -> torch.Tensor:
-    """Return -ln p of the tokens that follow some columns, [samples, columns] float32; 0 where they are context."""
+def piece_losses(parts: Parts, batch: Batch, ids: torch.Tensor, state: State | None, samples: slice, columns: torch.Tensor) -> torch.Tensor:
+    """Return -ln p of the tokens that follow some columns of some samples, [samples, columns] float32; 0 where they are context."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    logits = parts.logits(ids, state, columns).float()  # [samples, columns, vocabulary]
-    targets = ids[:, columns + 1]  # [samples, columns]
-    given = torch.tensor(batch.given, device=ids.device)
+    ids, given = ids[samples], torch.tensor(batch.given[samples], device=ids.device)
+    logits = parts.logits(ids, state.of(samples) if state and state.comes_apart else state, columns).float()
+    targets = ids[:, columns + 1]  # [samples, columns]; logits are [samples, columns, vocabulary]
     losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     return losses.where(columns + 1 >= given[:, None], 0.0)
 
 
-def pieces(parts: Parts, ids: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the columns that predict a token, as many at once as logits may take memory."""
+def pieces(parts: Parts, ids: torch.Tensor, state: State | None) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield samples and the columns of them that predict a token, as many at once as logits may take memory.
+
+    For each piece the frame is run on its samples: of hidden states that can be taken apart, as few samples as fill the memory are.
+    """
     import torch
 
-    columns = torch.arange(ids.shape[1] - 1, device=ids.device)
-    yield from columns.split(max(1, LOGITS[ids.device.type] // (4 * parts.vocabulary * len(ids))))
+    columns, room = torch.arange(ids.shape[1] - 1, device=ids.device), LOGITS[ids.device.type] // (4 * parts.vocabulary)
+    apart = state is None or state.comes_apart
+    count = max(1, room // len(columns)) if apart else len(ids)
+    for first in range(0, len(ids), count):
+        for some in columns.split(max(1, room // count)):
+            yield slice(first, min(first + count, len(ids))), some
 
 
 def to_ids(batch: Batch, device: str) -> torch.Tensor:

@@ -53,7 +53,7 @@ def test_only_scored_tokens_count(tiny, batches, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 96 * 4 * 3 * 5, 1 << 30])
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "glm_moe_dsa"])  # the last one's states do not come apart
 def test_logits_in_pieces_are_the_same_losses(tiny, whole, batches, tmp_path, monkeypatch, family, size):
     monkeypatch.setitem(module.LOGITS, "cpu", size)
     found = run_paths(Parts(open_checkpoint(tiny(family))), batches, [WHOLE], States(tmp_path / "states"))[WHOLE]
@@ -71,7 +71,7 @@ def test_few_logits_are_made_at_once(tiny, batches, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Parts, "logits", noted)
     run_paths(parts, batches, [WHOLE], States(tmp_path / "states"))
-    assert [tuple(shape) for shape in shapes] == [(3, 5, 96), (3, 5, 96), (3, 2, 96), (1, 12, 96), (1, 8, 96), (3, 1, 96)]
+    assert [tuple(shape) for shape in shapes] == [*[(1, 12, 96)] * 4, (1, 8, 96), (3, 1, 96)]
 
 
 # Each layer is read once, and run once for each prefix.
