@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
 from .surgery.staging import target_path
 from .surgery.verify import verify as verify_folder
-from .surgery.write import check_target, write
+from .surgery.write import check_free, check_target, write
 from .terminal import (
     Json,
     Revision,
@@ -108,6 +109,9 @@ def cut(
         keep_what: int | list[int] = parse_count(keep or "", "--keep")
     else:
         keep_what, select = parse_layers(layers, parent.num_layers), "layers"
+    if out is not None and not dry_run:
+        with suppress(OSError):  # said below, with what would be written
+            check_free(target_path(out), overwrite)  # before anything is measured
     measuring = Measuring(calibrate, samples, length, seed, protect, load, trust_remote_code=trust_remote_code)
     child, notes = choose_child(parent, keep_what, select, compensate, measuring, as_json)
     kept = child.lineage["layers"]

@@ -42,7 +42,7 @@ def write(
     plan = plan_write(checkpoint, max_shard_size)
     check_target(out, plan, overwrite)
     with staging_folder(out, plan.digest, _has_shards) as staging:
-        _check_name(out, overwrite)  # again, now that nobody else can take it
+        check_free(out, overwrite)  # again, now that nobody else can take it
         for shard in plan.shards:
             _write_shard(shard, staging, progress)
         for path, data in plan.files.items():
@@ -60,7 +60,7 @@ def check_target(out: Path, plan: Plan, overwrite: bool) -> None:
         DowncycleError: the target is the source, holds it or lies in it, exists, cannot be written, or the disk is too small.
     """
     try:
-        _check_name(out, overwrite)
+        check_free(out, overwrite)
         for path in {path for span in plan.spans() if (path := span.source.local_path(span.path))}:
             _check_apart(Path(os.path.realpath(out)), path)
         home = next(folder for folder in out.parents if folder.exists())
@@ -79,7 +79,8 @@ def _check_apart(out: Path, source: Path) -> None:
         raise DowncycleError(f"--out {out}: lies in the source {source.parent}; choose a folder beside it")
 
 
-def _check_name(out: Path, overwrite: bool) -> None:
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuse a target that exists, unless it is a checkpoint that may be replaced."""
     check_name(out, overwrite, "checkpoint", CONFIG)
 
 

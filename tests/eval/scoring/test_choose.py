@@ -105,3 +105,11 @@ def test_all_layers_may_be_kept(tiny, text, downcycle, tmp_path):
         given = ("--calibrate", text, "--samples", 10, "--length", 24)
         code, out, _ = downcycle("--src", tiny(), "--keep", 6, "--select", rule, *given, "--out", tmp_path / rule, "--json")
         assert (code, json.loads(out)["layers"]) == (0, [0, 1, 2, 3, 4, 5])
+
+
+def test_a_folder_that_exists_is_refused_before_anything_is_measured(tiny, text, refused, loads, tmp_path):
+    (tmp_path / "child").mkdir()
+    (tmp_path / "child" / "config.json").write_text("{}")
+    given = ("--src", tiny(), "--keep", 4, "--select", "ppl", "--calibrate", text, "--samples", 10, "--length", 24)
+    assert "exists already; choose another folder, or give --overwrite" in refused(*given, "--out", tmp_path / "child")
+    assert loads == []
