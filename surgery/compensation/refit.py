@@ -123,10 +123,23 @@ def refit(
 
 
 def _writers(pair: Pair, done: int, layer: nn.Module) -> list[Writer]:
-    """Find the writers of a layer by running it on the child's first batch: some layers cannot do without what earlier ones hand on."""
-    number, ids = pair.kept[done], to_ids(pair.batches[0], pair.parts.device)
-    passed_over = pair.parts.entering(number, ids, pair.child.get(done, WHOLE, 0, pair.parts.device)) is None
-    return [] if passed_over else find_writers(layer, partial(_run, pair, done, layer, 0))
+    """Find the writers of a layer by running it on what the child gives it: some layers cannot do without what earlier ones hand on."""
+    number = pair.kept[done]
+
+    def run() -> torch.Tensor:
+        after = pair.parts.step(layer, number, *_first(pair, done))
+        assert after is not None
+        return after.hidden
+
+    return [] if pair.parts.entering(number, *_first(pair, done)) is None else find_writers(layer, run)
+
+
+def _first(pair: Pair, done: int) -> tuple[torch.Tensor, State | None]:
+    """Return the child's first sample, or its first batch, where that does not come apart: tokens, and what enters a layer."""
+    ids, state = to_ids(pair.batches[0], pair.parts.device), pair.child.get(done, WHOLE, 0, pair.parts.device)
+    if state is None:
+        return ids[:1], None
+    return (ids[:1], state.of(slice(1))) if state.comes_apart else (ids, state)
 
 
 def _advance_parent(pair: Pair, number: int, layer: nn.Module, inside: Sequence[str]) -> None:
