@@ -107,11 +107,11 @@ def check_memory(checkpoint: Checkpoint, load: str, device: str) -> bool:
 
 
 def check_equations(checkpoint: Checkpoint, device: str) -> None:
-    """Refuse to fit maps whose normal equations do not fit into memory: sums and Cholesky factor, [inputs, inputs] in float64 each."""
+    """Refuse to fit maps whose equations do not fit into memory: sums, Cholesky factor and its work space, [inputs, inputs] float64 each."""
     size = model_size(checkpoint)
     sides = [max(one.rows, one.columns) for one in size.matrices if size.hidden in (one.rows, one.columns) and not one.routed]
     widest = max(sides, default=size.hidden)
-    needs, free = 8 * 2 * widest * (widest + size.hidden) + WORKING, free_memory(device)
+    needs, free = 8 * 3 * widest * (widest + size.hidden) + WORKING, free_memory(device)
     if needs > free:
         raise DowncycleError(
             f"{checkpoint.name}: fitting a map of {widest} inputs takes {format_gib(needs)}, its equations being float64, and {device} has "

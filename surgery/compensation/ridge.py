@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROWS = 4096  # that are in float64 at a time
+ROWS = 1024  # that are in float64 at a time
 
 
 class NormalEquations:

@@ -167,14 +167,14 @@ def test_the_memory_is_asked_for_what_is_fitted_too(tiny, study, monkeypatch):
 
 
 def test_the_memory_is_asked_for_the_equations(tiny, study, monkeypatch):
-    """A map of 2^17 inputs: sums and factor of 128 GiB each; 32 outputs add next to nothing. It may fit another time."""
+    """A map of 2^17 inputs: sums, factor and work space of 128 GiB each; 32 outputs add next to nothing. It may fit another time."""
     of = study(tiny())
     size = study_module.model_size(of.checkpoint)
     wide = replace(size, matrices=(*size.matrices, replace(size.matrices[0], rows=32, columns=2**17)))
     with monkeypatch.context() as patched:
         patched.setattr(study_module, "model_size", lambda checkpoint: wide)
         refused = compensated(of, PATH, "refit").refused
-    assert re.search(r"fitting a map of 131072 inputs takes 257 GiB, its equations being float64, and cpu has .* try --comp", refused)
+    assert re.search(r"fitting a map of 131072 inputs takes 385 GiB, its equations being float64, and cpu has .* try --comp", refused)
     assert compensated(of, PATH, "refit").loss
 
 
