@@ -107,7 +107,7 @@ def check_memory(checkpoint: Checkpoint, load: str, device: str) -> bool:
 
 
 def check_equations(checkpoint: Checkpoint, device: str) -> None:
-    """Refuse to fit maps whose equations do not fit into memory: sums, Cholesky factor and its work space, [inputs, inputs] float64 each."""
+    """Refuse to fit maps whose equations do not fit into memory: sums, Cholesky factor and work space, [inputs, inputs] float64 each."""
     size = model_size(checkpoint)
     sides = [max(one.rows, one.columns) for one in size.matrices if size.hidden in (one.rows, one.columns) and not one.routed]
     widest = max(sides, default=size.hidden)
