@@ -416,8 +416,10 @@ def wait_for_a_shard(process):
 def test_ctrl_c_and_a_second_run(long_cut, refused, downcycle):
     process = start(*long_cut)
     wait_for_a_shard(process)
+    process.send_signal(signal.SIGSTOP)  # else it may be done before the second begins
     second = subprocess.run([*COMMAND, *map(str, long_cut)], capture_output=True, text=True, check=False)
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     out, err = process.communicate()
     assert (second.returncode, second.stdout) == (1, "")
     assert (

@@ -8,7 +8,6 @@ weight's dtype. Numbers that are not finite are refused, never written.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BLOCK = 1 << 19  # elements computed at a time: what a processor's cache holds
 ROWS = 64  # computed at a time, at least: with fewer, A is read too often
-warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch says so of bytes; nothing here writes into them
 RUN = 128  # terms that are summed before the sum is added to W: BLAS libraries agree on the order within so many
 
 Reader = Callable[[Tensor], "torch.Tensor"]
