@@ -17,7 +17,7 @@ from ..surgery.adapter.merge import adapter_fingerprint
 from ..surgery.checkpoint import Checkpoint, find_source
 from ..surgery.compensation.fold import CALIBRATION, COMPENSATION
 from ..surgery.errors import DowncycleError
-from ..surgery.verify import MERGE
+from ..surgery.lineage import MERGE
 from .results import Logged
 
 PARENT, CUT_ONLY, HEALED, UNKNOWN = "parent", "cut", "healed", "model"

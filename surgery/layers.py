@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import replace
-from importlib.metadata import version
-from typing import Any
 
 from .checkpoint import Checkpoint, Span, file_bytes
 from .depth_tensors import follow_depth
 from .errors import DowncycleError
 from .families import cut_config
 from .filenames import QUANTIZER_FILES
+from .lineage import CUT, descend
 from .quantizer import renumber_config, renumber_modules
 from .stack import join_layers, split_layers
 
@@ -44,7 +43,8 @@ def keep_layers(parent: Checkpoint, layers: list[int], rule: str = "layers") -> 
     )
     child = follow_depth(stack, child, layers, config)
     files = {path: _renumber_file(path, data, stack.word, moved) for path, data in parent.files.items()}
-    return replace(parent, config=config, tensors=join_layers(child), files=files, lineage=_lineage(parent, layers, rule))
+    lineage = descend(parent, CUT, parent_layers=parent.num_layers, layers=layers, rule=rule)
+    return replace(parent, config=config, tensors=join_layers(child), files=files, lineage=lineage)
 
 
 def _check(layers: list[int], depth: int) -> None:
@@ -65,17 +65,3 @@ def _renumber_file(path: str, data: Span | bytes, word: str, moved: dict[int, li
         raise DowncycleError(f"{path}: not valid JSON ({str(error)[:80]}); fetch it again") from error
     after = renumber_modules(before, word, moved)
     return data if after == before else json.dumps(after, indent=2).encode() + b"\n"
-
-
-def _lineage(parent: Checkpoint, layers: list[int], rule: str) -> dict[str, Any]:
-    """What downcycle.json says: enough to make this checkpoint again."""
-    lineage = {
-        "downcycle": version("downcycle"),
-        "parent": parent.name,
-        "revision": parent.revision,
-        "fingerprint": parent.fingerprint,
-        "parent_layers": parent.num_layers,
-        "layers": layers,
-        "rule": rule,
-    }
-    return lineage | ({"parent_lineage": parent.lineage} if parent.lineage else {})

@@ -6,7 +6,7 @@ Reads both sides in pieces. A merge is computed again; everything else is compar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +18,16 @@ from .compensation.fold import fitted_digests, take_fitted
 from .errors import DowncycleError
 from .filenames import LEGAL, LINEAGE
 from .layers import keep_layers
+from .lineage import CUT, MERGE, TERNARY
 from .sources import Progress
 
-CUT, MERGE = "cut", "merge"
 # What downcycle.json says of each operation, beside its parent; of a cut it does not say that it is one.
-OWN = {CUT: ("layers", "rule"), MERGE: ("adapter", "adapter_revision", "adapter_fingerprint")}
+OWN = {
+    CUT: ("layers", "rule"),
+    MERGE: ("adapter", "adapter_revision", "adapter_fingerprint"),
+    TERNARY: ("linear", "include", "exclude"),
+}
+AGAIN = {CUT: "Cut", MERGE: "Merge", TERNARY: "Convert"}
 
 
 @dataclass(frozen=True)
@@ -59,18 +64,22 @@ def verify(
     faults = list(differences(expected, found, progress))
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        again = "Merge" if expected.lineage.get("operation") == MERGE else "Cut"
+        again = AGAIN[expected.lineage.get("operation", CUT)]
         raise DowncycleError(f"{folder} is not what {LINEAGE} says: {'; '.join(faults[:3])}{more}. {again} it again")
     lineage = expected.lineage
     layers = list(lineage.get("layers", ()))
-    fitted = fitted_digests(lineage)
-    what = (
-        f"layers {format_layers(layers)} of {lineage['parent']}"
-        + (f", {len(fitted)} tensors of them fitted, with the digests that {LINEAGE} states" if fitted else "")
-        if layers
-        else f"{lineage['parent']} with {lineage['adapter']} merged into it"
-    )
-    return Proof(lineage["parent"], what, layers, len(expected.tensors), len(expected.files) + 1, expected.nbytes)
+    return Proof(lineage["parent"], _what(lineage, layers), layers, len(expected.tensors), len(expected.files) + 1, expected.nbytes)
+
+
+def _what(lineage: Mapping[str, Any], layers: list[int]) -> str:
+    """Say in words what a checkpoint was proved to be."""
+    if layers:
+        fitted = fitted_digests(lineage)
+        more = f", {len(fitted)} tensors of them fitted, with the digests that {LINEAGE} states" if fitted else ""
+        return f"layers {format_layers(layers)} of {lineage['parent']}{more}"
+    if lineage["operation"] == TERNARY:
+        return f"{lineage['parent']} with ternary weights"
+    return f"{lineage['parent']} with {lineage['adapter']} merged into it"
 
 
 def rebuild(
@@ -80,7 +89,7 @@ def rebuild(
     if not made.lineage:
         raise DowncycleError(f"{made.name}: holds no {LINEAGE}; only a folder that downcycle wrote can be verified")
     if adapter is not None and made.lineage.get("operation") != MERGE:
-        raise DowncycleError(f"--adapter {adapter}: {made.name} is a cut, and no adapter was merged into it; leave it out")
+        raise DowncycleError(f"--adapter {adapter}: no adapter was merged into {made.name}; leave it out")
     return take_fitted(_replay(made.lineage, made.name, src, adapter, trust_remote_code), made)
 
 
@@ -111,6 +120,8 @@ def _replay(lineage: Any, name: str, src: str | Path | None, adapter: str | Path
             parent = replace(made, name=parent_name) if made.fingerprint == fingerprint else parent
     if parent is None:
         raise fault or AssertionError
+    if operation == TERNARY:
+        return _convert_again(parent, name, *own)
     return keep_layers(parent, *own) if operation == CUT else _merge_again(parent, name, adapter, *own)
 
 
@@ -150,6 +161,14 @@ def _merge_again(
     if made.lineage["adapter_fingerprint"] != fingerprint:
         raise DowncycleError(f"{where} is not the adapter merged into {name}: config or tensors differ; give that one with --adapter")
     return made
+
+
+def _convert_again(parent: Checkpoint, name: str, linear: Any, include: Any, exclude: Any) -> Checkpoint:
+    from .ternary.ternarize import Rule, ternarize
+
+    if not all(isinstance(patterns, list) and all(isinstance(one, str) for one in patterns) for patterns in (include, exclude)):
+        raise DowncycleError(f"{name}/{LINEAGE}: names no list of patterns; it was changed")
+    return ternarize(parent, linear=str(linear), rule=Rule(include, exclude))
 
 
 def _are_layers(value: Any) -> bool:

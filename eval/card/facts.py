@@ -17,8 +17,8 @@ from ...recipes.commands import RECIPE
 from ...surgery.checkpoint import DEMO, Checkpoint, file_bytes, open_checkpoint
 from ...surgery.errors import DowncycleError
 from ...surgery.filenames import ADAPTER_CONFIG, INDEX, LINEAGE, SINGLE, is_licence_text
+from ...surgery.lineage import MERGE
 from ...surgery.quantizer import packed_by
-from ...surgery.verify import MERGE
 from ..origin import HEALED, Origin, adapter_folder, origin_of, training_folder
 from ..report.compare import check_finite
 from ..results import ModelResult, Results

@@ -11,8 +11,8 @@ from ...recipes.commands import RECIPE
 from ...surgery.checkpoint import DEMO
 from ...surgery.choose import format_layers
 from ...surgery.filenames import LINEAGE, is_licence_text
+from ...surgery.lineage import MERGE, TERNARY
 from ...surgery.quantizer import packed_by
-from ...surgery.verify import MERGE
 from ...terminal import format_bytes, layer_map
 from ..origin import Step
 from ..report.compare import score_rows
@@ -174,6 +174,11 @@ def _step(step: Step, facts: Facts) -> str:
         name = step.adapter if step.adapter_revision else name_of(step.adapter)
         merged = model_link(step.adapter if step.adapter_revision else None, name)
         return f"**Merge** the adapter {merged}{ranked}, trained as described below: each weight W became W + BA, rounded once."
+    if step.operation == TERNARY:
+        return (
+            "**Convert** the linear maps of its decoder layers to ternary weights (BitNet b1.58, arXiv 2402.17764): each weight is -s, 0 "
+            "or s, where s is the mean absolute weight of its matrix. Stored in 2 bits, and run with 8-bit activations."
+        )
     source = next((parent for parent in facts.parents if parent.hub_id == step.parent or parent.name == name_of(step.parent)), None)
     named = _named(source) if source else _named(facts.parent) if step == facts.origin.steps[0] and facts.parent else ""
     revision = f" (revision `{step.revision[:12]}`)" if step.revision else ""

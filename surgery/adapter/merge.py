@@ -13,13 +13,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, Span, Tensor, find_source, open_checkpoint, read_header, split_revision
 from ..choose import format_layers
 from ..errors import DowncycleError
+from ..lineage import MERGE, descend
 from ..quantizer import packed_by
 from ..sources import Source
 from ..stack import OTHER_TOWERS
@@ -205,16 +205,11 @@ def _fingerprint(config: AdapterConfig, stored: Mapping[str, Tensor]) -> str:
 
 
 def _lineage(base: Checkpoint, source: Source, config: AdapterConfig, stored: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What downcycle.json says: enough to make this checkpoint again."""
-    lineage = {
-        "downcycle": version("downcycle"),
-        "operation": "merge",
-        "parent": base.name,
-        "revision": base.revision,
-        "fingerprint": base.fingerprint,
-        "adapter": source.name,
-        "adapter_revision": source.revision,
-        "adapter_fingerprint": _fingerprint(config, stored),
-        "adapter_base": config.fields.get("base_model_name_or_path"),
-    }
-    return lineage | ({"parent_lineage": base.lineage} if base.lineage else {})
+    return descend(
+        base,
+        MERGE,
+        adapter=source.name,
+        adapter_revision=source.revision,
+        adapter_fingerprint=_fingerprint(config, stored),
+        adapter_base=config.fields.get("base_model_name_or_path"),
+    )

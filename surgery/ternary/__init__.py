@@ -1,0 +1,1 @@
+"""Ternary weights, BitNet b1.58: learn them, pack them, hand them to other programs."""
