@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from hashlib import file_digest
 from pathlib import Path
 
 from ...surgery.checkpoint import Checkpoint
@@ -20,11 +21,12 @@ from .study import Study, check_equations
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a compensation. loss: None where it is refused, with why. file: of the fitted weights, in the cache."""
+    """What became of a compensation. loss: None where it is refused, with why. file, digest: of the fitted weights, in the cache."""
 
     loss: Loss | None = None
     refused: str = ""
     file: str = ""
+    digest: str = ""
     notes: tuple[str, ...] = ()
 
     def worse_than(self, plain: Loss) -> str:
@@ -37,7 +39,7 @@ class Outcome:
 def compensated(study: Study, path: Dropped, method: str) -> Outcome:
     """Fit weights to make up for dropped layers, and measure the model that has them; recalled, where that was done before."""
     place = ("compensated", method, format_layers(sorted(path)))
-    if (found := study.recall(*place)) and (not found["file"] or Path(found["file"]).is_file()):
+    if (found := study.recall(*place)) and (not found["file"] or _digest(Path(found["file"])) == found["digest"]):
         return Outcome(**{**found, "loss": found["loss"] and Loss(**found["loss"]), "notes": tuple(found["notes"])})
     try:
         outcome = _fit(study, path, method)
@@ -64,7 +66,16 @@ def _fit(study: Study, path: Dropped, method: str) -> Outcome:
     parent = with_fitted(study.checkpoint, open_fitted(file))
     loss = held_out_loss(study, path, replace(study, checkpoint=parent, content=content_digest(parent)))
     states.clear()  # not before, as a run that is killed on the way fits nothing again
-    return Outcome(loss, file=str(file), notes=tuple(fitted.notes))
+    return Outcome(loss, file=str(file), digest=_digest(file), notes=tuple(fitted.notes))
+
+
+def _digest(file: Path) -> str:
+    """Return the SHA-256 of a file; nothing where there is none."""
+    try:
+        with open(file, "rb") as data:
+            return file_digest(data, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 def _fitted(study: Study, path: Dropped, method: str, states: States) -> Fitted:

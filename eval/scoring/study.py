@@ -47,7 +47,7 @@ class Study:
     @cached_property
     def parts(self) -> Parts:
         """The model, taken apart; its files are fetched first, where it lies on the Hub."""
-        self.progress("fetching the model", 0, 0)
+        self.progress("opening the model", 0, 0)
         fetch(self.checkpoint)
         resident = check_memory(self.checkpoint, self.load, self.device)
         return Parts(self.checkpoint, device=self.device, resident=resident, **load_options(self.checkpoint, self.load, self.device))

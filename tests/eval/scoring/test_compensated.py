@@ -109,9 +109,18 @@ def test_an_outcome_is_recalled_while_its_weights_are_there(tiny, study, loads, 
     loads.clear()
     assert compensated(study(tiny()), PATH, "refit") == first
     assert loads == []
-    shutil.rmtree(cache / "fitted")
-    assert compensated(study(tiny()), PATH, "refit") == first
-    assert loads
+    for harm in (damage, lambda fitted: shutil.rmtree(fitted)):
+        loads.clear()
+        harm(cache / "fitted")
+        assert compensated(study(tiny()), PATH, "refit") == first
+        assert loads
+
+
+def damage(fitted):
+    """Change the last byte of the one file below."""
+    (file,) = fitted.glob("*/*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def test_a_full_disk_is_no_refusal_for_ever(tiny, study, monkeypatch):
