@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from ...surgery.choose import format_layers
 from ..origin import Step
 from .redact import name_of
 from .wording import plain
@@ -38,7 +42,16 @@ def why_kept(step: Step) -> str:
     if not isinstance(text := facts.get("text"), str) or not all(isinstance(number, int) for number in numbers):
         return known
     samples, length = numbers
-    return f"{known} Measured on {samples} samples of at most {length} tokens of {plain(name_of(text))}."
+    held = f", weights held as {plain(load)}" if isinstance(load := facts.get("load"), str) and load != "stored" else ""
+    return f"{known}{_protected(facts)} Measured on {samples} samples of at most {length} tokens of {plain(name_of(text))}{held}."
+
+
+def _protected(facts: Mapping[str, Any]) -> str:
+    """Name the layers that a person said must stay; nothing where the rule's own did."""
+    layers = facts.get("protect")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        return ""
+    return f" Layers {format_layers(layers)} had to stay." if layers else " No layer had to stay."
 
 
 def what_was_folded(step: Step) -> str:

@@ -81,9 +81,9 @@ def held_out_samples(samples: int) -> int:
 
 def _check(samples: int, length: int) -> None:
     if samples < 1:
-        raise DowncycleError(f"samples {samples}: give a number from 1")
+        raise DowncycleError(f"--samples {samples}: give a number from 1")
     if length < 2:
-        raise DowncycleError(f"length {length}: give a number from 2, as the first token of a sample is not predicted")
+        raise DowncycleError(f"--length {length}: give a number from 2, as the first token of a sample is not predicted")
 
 
 def _limits(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
@@ -239,12 +239,12 @@ def _too_short(name: str, passages: Sequence[Passage], samples: int, length: int
     count, tokens = len(_pieces(passages, length)), sum(len(passage.ids) for passage in passages)
     ways = ["give a longer text"]
     if fewer := next((less for less in range(samples - 1, 0, -1) if _needed(less) <= count), 0):
-        ways.append(f"samples {fewer}")
+        ways.append(f"--samples {fewer}")
     shorter = length // 2
     while shorter >= SHORTEST and not _candidates(passages, samples, shorter):
         shorter //= 2
     if shorter >= SHORTEST:
-        ways.append(f"length {shorter}")
+        ways.append(f"--length {shorter}")
     has = f"{tokens} token{'s' * (tokens != 1)} in {len(passages)} document{'s' * (len(passages) != 1)}"
     gives = f"{count} piece{'s' * (count != 1)} of at most {length} tokens"
     needs = f"{samples} + {held_out_samples(samples)} held-out ones are needed"

@@ -78,14 +78,18 @@ def check_folder(folder: Path) -> Path:
     """Return the folder as it is written to; refuse one where no report can be, so that nothing is measured in vain.
 
     Raises:
-        DowncycleError: matplotlib is not installed, or it or what it lies in is a file.
+        DowncycleError: matplotlib is not installed, it or what it lies in is a file, or nothing can be written there.
     """
     need_matplotlib()
     folder = Path(folder).expanduser()
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
     if not place.is_dir():
         raise DowncycleError(f"--report {folder}: {place} is no folder; choose another name")
-    return folder
+    try:
+        with TemporaryDirectory(dir=place):  # asking for permissions is not enough: root has all of them
+            return folder
+    except OSError as error:
+        raise DowncycleError(f"--report {folder}: nothing can be written into {place} ({error.strerror}); choose another folder") from error
 
 
 def page(results: Results) -> str:

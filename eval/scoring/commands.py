@@ -77,9 +77,11 @@ def choose_child(
         protected_layers(rule if measured else "bi", parent.num_layers, keep, protect)
     with stage_bar(quiet) as say:
         study = replace(open_study(parent, measuring), progress=say)
-        kept = choose_layers(study, rule, keep, protect) if isinstance(keep, int) else keep
-        child, notes = (keep_layers(parent, kept, rule), []) if method == "none" else compensate(study, kept, rule, method)
-    return replace(child, lineage={**child.lineage, CALIBRATION: study.calibration.facts()}), notes
+        with study.held():
+            kept = choose_layers(study, rule, keep, protect) if isinstance(keep, int) else keep
+            child, notes = (keep_layers(parent, kept, rule), []) if method == "none" else compensate(study, kept, rule, method)
+    facts = study.calibration.facts() | {"load": study.load} | ({} if protect is None else {"protect": list(protect)})
+    return replace(child, lineage={**child.lineage, CALIBRATION: facts}), notes
 
 
 def open_study(checkpoint: Checkpoint, measuring: Measuring) -> Study:
@@ -139,7 +141,9 @@ def score(
     protected_layers("bi", depth, count, protected)
     measuring = Measuring(calibrate, samples, length, seed, protect, load, trust_remote_code=trust_remote_code)
     with stage_bar(as_json) as say:
-        scores = measure_all(replace(open_study(checkpoint, measuring), progress=say), count, protected, methods)
+        study = replace(open_study(checkpoint, measuring), progress=say)
+        with study.held():
+            scores = measure_all(study, count, protected, methods)
     page = write_scores_report(scores, report) if report is not None else None
     if as_json:
         print_json(scores_json(scores))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...surgery.choose import RULES as WITHOUT_DATA
+from ...surgery.choose import format_layers
 from ...surgery.compensation.fold import METHODS
 from ...surgery.errors import DowncycleError, UnsuitableError
 from ...surgery.importance.paths import WHOLE, Dropped
@@ -76,6 +77,8 @@ def _choices(study: Study, keep: int, protect: Sequence[int] | None, refused: di
         if rule not in refused:
             try:
                 layers = choose_layers(study, rule, keep, protect)
+                if gone := sorted(set(protect or ()) - set(layers)):  # a rule without data knows of no protection
+                    raise DowncycleError(f"drops {format_layers(gone)}, which must stay")
                 keep_layers(study.checkpoint, layers)  # refuses what the family's config cannot say
                 kept[rule] = layers
             except DowncycleError as error:

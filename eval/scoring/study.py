@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -76,6 +79,32 @@ class Study:
     def folder(self) -> Path:
         """Where the states of a run stand, until it is done."""
         return cache_folder() / "layers" / f"{self.content[:16]}-{self.key[:16]}"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let other runs that measure the same wait until this one is done: they find then what it measured.
+
+        Raises:
+            DowncycleError: nothing can be kept in the cache.
+            KeyboardInterrupt: with what becomes of the work.
+        """
+        place = self.folder.with_name(f"{self.folder.name}.lock")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise DowncycleError(f"{cache_folder()}: nothing can be kept there ({error.strerror}); give another DOWNCYCLE_CACHE") from error
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.progress("waiting for another run that measures the same", 0, 0)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command goes on from where it was") from None
+        finally:
+            os.close(lock)
 
     def states(self, *what: object) -> States:
         """Return the place of one pass's states."""

@@ -393,7 +393,7 @@ def test_too_short(models, tmp_path, samples, length):
         f"{text}: too short: {size} tokens in {documents} give {count} pieces of at most {length} tokens, and "
         f"{samples} + {held_out_samples(samples)} held-out ones are needed; give a longer text, or "
     )
-    fewer, shorter = re.search(r"or samples (\d+)", said), re.search(r"or length (\d+)", said)
+    fewer, shorter = re.search(r"or --samples (\d+)", said), re.search(r"or --length (\d+)", said)
     assert fewer or count < 5
     if fewer:
         assert len(make_calibration(model, text, samples=int(fewer[1]), length=length).fit) == int(fewer[1]) < samples
@@ -409,9 +409,9 @@ def test_far_too_short(models, tmp_path):
 
 
 def test_numbers(models):
-    assert refusal(models["bos"][0], None, samples=0) == "samples 0: give a number from 1"
-    assert refusal(models["bos"][0], None, length=1).startswith("length 1: give a number from 2")
-    assert refusal(models["bos"][0], None, length=-5).startswith("length -5: give a number from 2")
+    assert refusal(models["bos"][0], None, samples=0) == "--samples 0: give a number from 1"
+    assert refusal(models["bos"][0], None, length=1).startswith("--length 1: give a number from 2")
+    assert refusal(models["bos"][0], None, length=-5).startswith("--length -5: give a number from 2")
 
 
 def test_files_that_are_no_text(models, tmp_path):

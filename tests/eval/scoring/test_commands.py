@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -81,9 +83,9 @@ REFUSED = {
     ),
     "no layer": (("--keep", 0, "--select", "bi", "--calibrate", "TEXT"), "--keep 0: the model has 6 layers; keep between 1 and 6"),
     "too many": (("--keep", 7, "--select", "ppl", "--calibrate", "TEXT"), "--keep 7: the model has 6 layers; keep between 1 and 6"),
-    "no samples": (("--keep", 4, "--select", "bi", "--calibrate", "TEXT", "--samples", 0), "samples 0: give a number from 1"),
-    "fewer than no samples": (("--keep", 4, "--select", "bi", "--calibrate", "TEXT", "--samples", -3), "samples -3: give a number from 1"),
-    "one token": (("--keep", 4, "--select", "bi", "--calibrate", "TEXT", "--length", 1), "length 1: give a number from 2"),
+    "no samples": (("--keep", 4, "--select", "bi", "--calibrate", "TEXT", "--samples", 0), "--samples 0: give a number from 1"),
+    "fewer than no samples": (("--keep", 4, "--select", "bi", "--calibrate", "TEXT", "--samples", -3), "--samples -3: give a number"),
+    "one token": (("--keep", 4, "--select", "bi", "--calibrate", "TEXT", "--length", 1), "--length 1: give a number from 2"),
     "more than positions": (("--keep", 4, "--select", "bi", "--calibrate", "TEXT", "--length", 65), "has 64 positions"),
     "too short a text": (("--keep", 4, "--select", "bi", "--calibrate", "TEXT", "--samples", 500), "too short: "),
     "no such text": (("--keep", 4, "--select", "bi", "--calibrate", "no/where.txt"), "no/where.txt: no such file or folder"),
@@ -192,3 +194,45 @@ def test_in_python(tiny, text):
     assert child.num_layers == 4 and notes == [] and child.lineage["rule"] == "bi"
     child, notes = choose_child(parent, [0, 5], "layers", "none", Measuring(None), quiet=True)
     assert child.lineage["layers"] == [0, 5] and "calibration" not in child.lineage
+
+
+def test_several_runs_at_once_measure_what_one_does(tiny, text, downcycle, tmp_path):
+    """Each in a process of its own, with one cache."""
+    given = ["--src", tiny(), "--calibrate", text, *SMALL, "--select", "ppl", "--compensate", "refit"]
+    command, pipe = [sys.executable, "-c", "from downcycle.cli import main; main()", *map(str, given)], subprocess.PIPE
+    runs = [
+        subprocess.Popen([*command, "--keep", str(keep), "--out", tmp_path / f"c{place}"], stdout=pipe, stderr=pipe, text=True)
+        for place, keep in enumerate((4, 4, 3))
+    ]
+    said = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], said
+    assert downcycle(*given, "--keep", 4, "--out", tmp_path / "alone").code == 0
+    for name in ("model.safetensors", "downcycle.json", "config.json"):
+        wanted = (tmp_path / "alone" / name).read_bytes()
+        assert (tmp_path / "c0" / name).read_bytes() == (tmp_path / "c1" / name).read_bytes() == wanted
+
+
+@pytest.mark.parametrize("protect", ["2-4", "none"])
+def test_what_must_stay_is_noted_in_the_child(protect, tiny, text, downcycle, tmp_path):
+    given = ("--src", tiny(), "--calibrate", text, *SMALL, "--keep", 4, "--select", "bi", "--protect", protect, "--load", "fp32")
+    assert downcycle(*given, "--out", tmp_path / "c").code == 0
+    noted = json.loads((tmp_path / "c" / "downcycle.json").read_text())["calibration"]
+    assert (noted["protect"], noted["load"]) == ([2, 3, 4] if protect != "none" else [], "fp32")
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert ("Layers 2-4 had to stay." if protect != "none" else "No layer had to stay.") in card and "weights held as fp32" in card
+    assert downcycle("verify", tmp_path / "c", "--src", tiny()).code == 0
+
+
+def test_rules_without_data_that_drop_what_must_stay_are_left_out(tiny, text, downcycle):
+    given = ("--calibrate", text, *SMALL, "--keep", 4, "--protect", "4-5", "--compensate", "none", "--json")
+    code, out, _ = downcycle("score", tiny(), *given)
+    found = json.loads(out)
+    assert code == 0
+    assert all({4, 5} <= set(choice["kept"]) for choice in found["choices"])
+    assert found["refused"]["first"] == "drops 4-5, which must stay"
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(tiny, text, refused, loads):
+    err = refused("score", tiny(), "--calibrate", text, *SMALL, "--report", "/proc/x/y")
+    assert re.search(r"--report /proc/x/y: nothing can be written into /proc \(.*\); choose another folder", err)
+    assert loads == []

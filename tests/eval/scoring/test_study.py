@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from threading import Event, Thread
 
 import pytest
 
@@ -92,3 +93,38 @@ def test_batches_hold_each_sample_once(tiny, study):
     for batches, samples in ((of.fit, of.calibration.fit), (of.held_out, of.calibration.held_out)):
         rows = [tuple(row) for batch in batches for row in batch.ids]
         assert sorted(rows) == sorted(tuple(one.ids) for one in samples)
+
+
+# One after the other.
+
+
+def test_who_measures_the_same_waits(tiny, study):
+    """And says so; another calibration is no reason to wait."""
+    said, entered, of = [], Event(), study(tiny())
+    waiting = replace(study(tiny()), progress=lambda what, done, total: said.append(what))
+
+    def second():
+        with waiting.held():
+            entered.set()
+
+    thread = Thread(target=second)
+    with of.held():
+        with study(tiny(), seed=7).held():
+            pass
+        thread.start()
+        assert not entered.wait(0.2)
+        assert said == ["waiting for another run that measures the same"]
+    thread.join(20)
+    assert entered.is_set()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tiny, study, monkeypatch):
+    of = study(tiny())
+    monkeypatch.setenv("DOWNCYCLE_CACHE", "/proc/x")
+    with pytest.raises(DowncycleError, match=r"^/proc/x: nothing can be kept there \(.*\); give another DOWNCYCLE_CACHE$"), of.held():
+        pass
+
+
+def test_an_interrupted_measurement_says_that_it_goes_on(tiny, study):
+    with pytest.raises(KeyboardInterrupt, match="^interrupted; the same command goes on from where it was$"), study(tiny()).held():
+        raise KeyboardInterrupt
