@@ -153,12 +153,13 @@ def test_lambda_moves_without_compiling_anew():
     counter = CompileCounterWithBackend("aot_eager")
     _, ternary = pair()
     compiled = torch.compile(ternary, backend=counter)
-    for strength in (0.0, 0.5, 1.0):
-        set_strength(ternary, strength)
-        x, y = inputs().requires_grad_(), inputs().requires_grad_()
-        found, wanted = compiled(x), ternary(y)
-        torch.testing.assert_close(found, wanted)
-        found.sin().sum().backward()
-        wanted.sin().sum().backward()
-        torch.testing.assert_close(x.grad, y.grad)
+    with torch.compiler.set_stance("default"):  # a packed model that was measured in this process turned compiling off
+        for strength in (0.0, 0.5, 1.0):
+            set_strength(ternary, strength)
+            x, y = inputs().requires_grad_(), inputs().requires_grad_()
+            found, wanted = compiled(x), ternary(y)
+            torch.testing.assert_close(found, wanted)
+            found.sin().sum().backward()
+            wanted.sin().sum().backward()
+            torch.testing.assert_close(x.grad, y.grad)
     assert counter.frame_count == 1
