@@ -27,6 +27,7 @@ TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "decoder", "glo
 # Families whose layers compute with their own number: what no config field enters, and so no config can say.
 NUMBER_FORMULAS = {"beam": "the scale of its residuals", "diffllama": "lambda_init"}
 WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")  # kinds of layers of hybrid families
+CONV1D = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")  # transformers' Conv1D: weights [in, out]
 OWN_CACHE = ("minimax",)  # hybrids whose cache counts tokens without an attention layer
 # Families whose config has no field that follows depth: nothing need be asked of transformers, which takes seconds to import.
 UNIFORM = frozenset((

@@ -14,12 +14,10 @@ def descend(parent: Checkpoint, operation: str, **own: Any) -> dict[str, Any]:
     """Return the lineage of what an operation makes of a parent: enough to make it again. own: what decides the operation's result."""
     lineage = {
         "downcycle": version("downcycle"),
-        "operation": operation,
+        **({} if operation == CUT else {"operation": operation}),  # a file that says nothing is of a cut
         "parent": parent.name,
         "revision": parent.revision,
         "fingerprint": parent.fingerprint,
         **own,
     }
-    if operation == CUT:
-        del lineage["operation"]  # a file that says nothing is of a cut
     return lineage | ({"parent_lineage": parent.lineage} if parent.lineage else {})

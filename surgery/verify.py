@@ -1,6 +1,6 @@
 """Prove that the files of a folder hold what a Checkpoint value says, byte for byte.
 
-Reads both sides in pieces. A merge is computed again; everything else is compared without decoding a weight.
+Reads both sides in pieces. Merges and conversions are computed again; everything else is compared without decoding a weight.
 """
 
 from __future__ import annotations
@@ -164,7 +164,8 @@ def _merge_again(
 
 
 def _convert_again(parent: Checkpoint, name: str, linear: Any, include: Any, exclude: Any) -> Checkpoint:
-    from .ternary.ternarize import Rule, ternarize
+    from .ternary.rule import Rule
+    from .ternary.ternarize import ternarize
 
     if not all(isinstance(patterns, list) and all(isinstance(one, str) for one in patterns) for patterns in (include, exclude)):
         raise DowncycleError(f"{name}/{LINEAGE}: names no list of patterns; it was changed")

@@ -129,7 +129,7 @@ def cast(tensor: Tensor, dtype: str, name: str) -> Tensor:
         return tensor
 
     def chunks() -> Iterator[bytes]:
-        for piece in _pieces(tensor):
+        for piece in pieces(tensor):
             yield _round(piece, dtype, name)
 
     return Tensor(dtype, tensor.shape, chunks, spans(tensor))
@@ -140,7 +140,7 @@ def is_finite(tensor: Tensor) -> bool:
     import torch
 
     with _one_thread(torch.get_num_threads()):
-        return all(_stays_finite(piece, piece.dtype) for piece in _pieces(tensor))
+        return all(_stays_finite(piece, piece.dtype) for piece in pieces(tensor))
 
 
 def to_torch(tensor: Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ def to_torch(tensor: Tensor) -> torch.Tensor:
     return torch.frombuffer(bytearray().join(tensor.chunks()), dtype=getattr(torch, FLOATS[tensor.dtype])).reshape(tensor.shape)
 
 
-def _pieces(tensor: Tensor) -> Iterator[torch.Tensor]:
+def pieces(tensor: Tensor) -> Iterator[torch.Tensor]:
     """Load a tensor flat, in the pieces of a span: 8 MiB, which the size of every dtype divides."""
     import torch
 

@@ -12,13 +12,12 @@ from typing import NoReturn
 
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import DowncycleError
+from ..families import CONV1D
 from .config import AdapterConfig
 from .lowrank import FLOATS, Update, added, cast, merged, stacked, to_torch, with_rows
 from .names import EXPERT_PARTS, Names, is_embedding, is_head, is_tied, layer_number
 
-# Families with transformers' Conv1D, whose weights are stored [in, out]; and those whose stacks of experts are [expert, in, out].
-CONV1D = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
-TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter")
+TRANSPOSED_EXPERTS = ("gpt_oss", "openai_privacy_filter")  # families whose stacks of experts are [expert, in, out]
 TOKENS = "token_adapter.trainable_tokens_delta"
 MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
 OPTIONAL = (("use_dora", MAGNITUDE, "DoRA magnitude"), ("lora_bias", BIAS, "bias of its own"))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.lowrank import FLOATS
+from ..adapter.lowrank import FLOATS, pieces
 from ..checkpoint import Tensor
 from ..choose import format_layers
 from ..errors import DowncycleError, UnsuitableError
@@ -170,8 +170,7 @@ def _compute(name: str, change: _Change) -> torch.Tensor:
     dtype = getattr(torch, FLOATS[change.tensor.dtype])
     new = torch.empty(math.prod(change.tensor.shape), dtype=dtype)
     done = 0
-    for chunk in change.tensor.chunks():
-        old = torch.frombuffer(bytearray(chunk), dtype=dtype)
+    for old in pieces(change.tensor):
         wide = old.float() if dtype.itemsize == 2 else old.double()
         new[done : done + len(old)] = multiply(wide, change.factor, change.weight)
         done += len(old)

@@ -14,14 +14,13 @@ from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from ..adapter.lowrank import FLOATS, spans
+from ..adapter.lowrank import BLOCK, pieces, spans
 from ..checkpoint import Tensor
 from ..errors import DowncycleError
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1 << 19  # numbers computed at a time: what a processor's cache holds
 FOUR = 4  # weights in a byte
 
 
@@ -91,10 +90,8 @@ def ternary_blocks(scale: Scale) -> Iterator[torch.Tensor]:
 
 
 def _blocks(weight: Tensor) -> Iterator[torch.Tensor]:
-    import torch
-
-    for chunk in weight.chunks():
-        yield from torch.frombuffer(bytearray(chunk), dtype=getattr(torch, FLOATS[weight.dtype])).split(BLOCK)
+    for piece in pieces(weight):
+        yield from piece.split(BLOCK)
 
 
 def _split(block: torch.Tensor, quarter: int, done: int) -> Iterator[torch.Tensor]:

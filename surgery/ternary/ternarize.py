@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..adapter.lowrank import FLOATS
-from ..adapter.modules import CONV1D
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import DowncycleError
+from ..families import CONV1D
 from ..lineage import TERNARY, descend
 from ..quantizer import packed_by
 from .packing import FOUR, Scale, packed, scale_tensor

@@ -1,7 +1,7 @@
 """Measure scoring layer by layer: memory, time beside a plain forward, work beside the naive way, what rules and compensations lose.
 Prints tables, asserts nothing.
 
-    python tests/benchmarks/score.py                      a 4.9 GB model is made and deleted; about 30 minutes on 2 cores
+    python tests/benchmarks/score.py                      a 4.9 GB model is made and deleted; about 45 minutes on 2 cores
     python tests/benchmarks/score.py --parts demo peers   only these parts: memory, time, work, demo, peers
 
 Peers: block influence by short-transformers, where that is installed, and angular distances by the procedure that PruneMe publishes:
@@ -81,7 +81,7 @@ def print_time(work: Path, rounds: int) -> None:
 
     write_model(work / "half", Shape(hidden=1024, intermediate=3072, heads=16, kv_heads=4, vocab=32000), 10**9, sparse=False)
     half = open_checkpoint(work / "half")
-    for checkpoint, samples in ((half, 8), (open_checkpoint("demo"), 64)):
+    for checkpoint, samples in ((half, 16), (open_checkpoint("demo"), 64)):
         batches = study(samples=samples).fit
         print(f"{checkpoint.num_layers} layers, {checkpoint.nbytes / 1e6:.0f} MB, {sum(batch.ids.size for batch in batches):,} tokens:")
         for dtype in ("float32", "bfloat16"):
