@@ -5,7 +5,7 @@ Fitted tensors lie in a safetensors file, under the names that they have in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +33,26 @@ class Fitted:
 
     tensors: Mapping[str, torch.Tensor]
     notes: tuple[str, ...] = ()
+
+
+class Lazy(Mapping[str, "torch.Tensor"]):
+    """Fitted weights by name, each made when it is asked for, as all of them may take as much memory as the model.
+
+    Args:
+        sources: what each is made of. make: makes one, of its name and its source.
+    """
+
+    def __init__(self, sources: Mapping[str, Any], make: Callable[[str, Any], torch.Tensor]):
+        self.sources, self.make = sources, make
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.make(name, self.sources[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    def __len__(self) -> int:
+        return len(self.sources)
 
 
 def save_fitted(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -20,7 +20,7 @@ from ..importance.paths import WHOLE, Dropped, Progress, to_ids
 from ..importance.states import States
 from ..model import TORCH_DTYPES
 from ..quantizer import packed_by
-from .fold import Fitted
+from .fold import Fitted, Lazy
 from .layer_fit import CHECKED, Between, Sample, fit_layer, streams_at
 from .output import Writer, find_writers
 from .stored import find_stored
@@ -52,29 +52,6 @@ class Pair:
         """Whether what was left of the parent is where the child goes on from, and what was fitted so far is there."""
         begin, parent = self.child.finished()[0], self.parent.finished()[0]
         return (self.target(begin - 1) if begin else 0) <= parent <= self.target(begin) and self.fitted.finished()[0] >= begin
-
-
-class _Kept(Mapping[str, "torch.Tensor"]):
-    """Fitted weights by name, each read when it is asked for, as all of them take a good part of the model's memory.
-
-    Args:
-        places: of each, the depth and the number that it stands under.
-    """
-
-    def __init__(self, states: States, places: Mapping[str, tuple[int, int]]):
-        self.states, self.places = states, places
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        depth, number = self.places[name]
-        kept = self.states.get(depth, WHOLE, number)
-        assert kept is not None
-        return kept.hidden
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
 
 
 def refit(
@@ -119,7 +96,7 @@ def refit(
         raise UnsuitableError(
             f"{parts.checkpoint.name}: none of the layers to fit has a map whose output is added to the hidden states as it is; try scale"
         )
-    return Fitted(_Kept(pair.fitted, places), tuple(said))
+    return Fitted(Lazy(places, partial(_kept, pair)), tuple(said))
 
 
 def _writers(pair: Pair, done: int, layer: nn.Module) -> list[Writer]:
@@ -171,6 +148,14 @@ def _keep(pair: Pair, done: int, fitted: Mapping[str, torch.Tensor]) -> dict[str
         pair.fitted.put(done + 1, WHOLE, number, State(weight))
     pair.fitted.finish(done + 1, None, keep=True)
     return {name: (done + 1, number) for number, name in enumerate(fitted)}
+
+
+def _kept(pair: Pair, name: str, place: tuple[int, int]) -> torch.Tensor:
+    """Return a fitted weight from disk."""
+    depth, number = place
+    weight = pair.fitted.get(depth, WHOLE, number)
+    assert weight is not None
+    return weight.hidden
 
 
 def _samples(pair: Pair, done: int, layer: nn.Module) -> Iterator[Sample]:

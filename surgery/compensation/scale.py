@@ -22,7 +22,7 @@ from ..importance.paths import Dropped
 from ..model import class_and_config
 from ..quantizer import packed_by
 from ..stack import Layer, Stack, split_layers
-from .fold import Fitted
+from .fold import Fitted, Lazy
 from .stored import find_stored, holds
 from .writers import Weight, check_layer, embedding_weights, head_weights, layer_weights, multiply, refusal
 
@@ -37,22 +37,6 @@ class _Change:
     tensor: Tensor
     factor: float
     weight: Weight
-
-
-class _Changed(Mapping[str, "torch.Tensor"]):
-    """Changed tensors by name, each computed when it is asked for, as all of them take as much memory as the model."""
-
-    def __init__(self, changes: Mapping[str, _Change]):
-        self.changes = changes
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return _compute(name, self.changes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.changes)
-
-    def __len__(self) -> int:
-        return len(self.changes)
 
 
 def scale(parts: Parts, path: Dropped, ratios: Sequence[Sequence[float]]) -> Fitted:
@@ -81,7 +65,7 @@ def scale(parts: Parts, path: Dropped, ratios: Sequence[Sequence[float]]) -> Fit
         for weight in (*tables, *head):
             changes |= {name: _Change(stack.rest[name], total, weight) for name in _rest_names(parts, stack, weight, bool(head))}
     parts.release()
-    return Fitted(_Changed(changes), tuple(_notes(factors)))
+    return Fitted(Lazy(changes, _compute), tuple(_notes(factors)))
 
 
 def dropped_runs(path: Dropped) -> list[tuple[int, int]]:
