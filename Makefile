@@ -34,6 +34,7 @@ bench: .venv/all .venv-light/test
 	.venv/bin/python tests/benchmarks/data.py
 	.venv/bin/python tests/benchmarks/evaluate.py
 	.venv/bin/python tests/benchmarks/score.py
+	.venv/bin/python tests/benchmarks/ternary.py
 
 clean:
 	rm -rf .venv .venv-light build *.egg-info
