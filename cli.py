@@ -11,16 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from .eval import commands as eval_commands
+from .eval.commands import add_card
 from .eval.scoring import commands as scoring
 from .eval.scoring.commands import Calibrate, Length, Load, Measuring, Protect, Samples, Seed, choose_child, rule_names
+from .eval.ternary import commands as ternary_commands
 from .recipes import commands as recipe_commands
 from .recipes.commands import RECIPE
-from .recipes.presets import PRESETS
+from .recipes.presets import PRESETS, RECIPES
 from .recipes.recipe import make_recipe
 from .recipes.recipe_text import recipe_text
 from .surgery.checkpoint import Checkpoint, open_checkpoint
 from .surgery.choose import RULES, format_layers, parse_layers
 from .surgery.errors import DowncycleError
+from .surgery.gguf import commands as gguf_commands
 from .surgery.importance.calibration import SAMPLES, SEED
 from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
@@ -73,7 +76,7 @@ def cut(
     load: Load = "stored",
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Child folder [default: the parent's name, size replaced].")] = None,
     revision: Revision = None,
-    recipe: Annotated[str, typer.Option(metavar="PRESET|none", help=f"Recipe that heals the child, as {RECIPE} in it.")] = "qlora",
+    recipe: Annotated[str, typer.Option(metavar="PRESET|none", help=f"Recipe that trains the child, as {RECIPE} in it.")] = "qlora",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file.")] = "5GB",
     trust_remote_code: Trust = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and read no weight.")] = False,
@@ -118,7 +121,7 @@ def cut(
     target = child_name(parent, child) if out is None else out
     if recipe != "none":
         child = _add_recipe(context, child, target, recipe)
-    child = _add_card(child, target)
+    child = add_card(child, target)
     plan = plan_write(child, size := parse_count(max_shard_size, "--max-shard-size"))
     summary = _summary(parent, child, kept, plan, target, notes)
     try:
@@ -175,7 +178,7 @@ def merge(
     from .surgery.adapter.merge import merge_adapter
 
     model = open_checkpoint(base, revision, trust_remote_code=trust_remote_code)
-    merged = _add_card(merge_adapter(model, adapter), out)
+    merged = add_card(merge_adapter(model, adapter), out)
     plan = plan_write(merged, size := parse_count(max_shard_size, "--max-shard-size"))
     changed = sum(merged.tensors[name] is not tensor for name, tensor in model.tensors.items())
     with progress_bar("merging", plan.write_bytes, as_json) as advance, say_staging(out):
@@ -193,6 +196,8 @@ app.command()(recipe_commands.inspect)
 app.command()(scoring.score)
 app.command()(recipe_commands.recipe)
 app.command()(recipe_commands.data)
+app.command()(ternary_commands.ternarize)
+app.command()(gguf_commands.gguf)
 app.command("eval")(eval_commands.eval_models)
 app.command()(eval_commands.card)
 app.command()(eval_commands.push)
@@ -202,24 +207,13 @@ app.command()(eval_commands.demo)
 def _add_recipe(context: typer.Context, child: Checkpoint, target: str, preset: str) -> Checkpoint:
     """Put a recipe into the child; where there can be none, say why, and fail only if the user asked for it."""
     try:
-        text = recipe_text(make_recipe(child, target, preset), str(Path(target) / RECIPE))
+        text = recipe_text(make_recipe(child, target, preset), str(Path(target) / PRESETS[preset].file))
     except DowncycleError as error:
         if was_given(context, "recipe"):
             raise
         typer.echo(f"no recipe: {printable(str(error))}", err=True)
         return child
-    return replace(child, files={**child.files, RECIPE: text.encode()})
-
-
-def _add_card(model: Checkpoint, target: str) -> Checkpoint:
-    """Put a model card into a model that is about to be written; where there can be none, say why."""
-    from .eval.card.card import card_files
-
-    try:
-        return replace(model, files={**model.files, **card_files(model, target)})
-    except DowncycleError as error:
-        typer.echo(f"no model card: {printable(str(error))}", err=True)
-        return model
+    return replace(child, files={**child.files, PRESETS[preset].file: text.encode()})
 
 
 def main() -> None:
@@ -272,7 +266,9 @@ def _print_cut(parent: Checkpoint, kept: list[int], summary: dict[str, Any], dry
         lines += [f"  {name}  {format_bytes(count)}" for name, count in summary["shards"].items()]
         lines.append(f"  {', '.join(summary['files'])}")
         lines += [f"but as things are it would be refused: {summary['obstacle']}"] if summary["obstacle"] else []
-    elif RECIPE in summary["files"]:
-        lines.append(f"with {RECIPE}, which heals it; for your GPUs: downcycle recipe {summary['out']} --gpus N --gpu-memory GIB")
+    elif named := [name for name in summary["files"] if name in RECIPES]:
+        how = "" if named[0] == RECIPE else f" --preset {named[0].removeprefix('axolotl-').removesuffix('.yaml')}"
+        what = f"with {named[0]}, which {'trains' if how else 'heals'} it"
+        lines.append(f"{what}; for your GPUs: downcycle recipe {summary['out']}{how} --gpus N --gpu-memory GIB")
     for line in lines:
         typer.echo(line, err=not dry_run)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..recipes.commands import RECIPE
+from ..surgery.checkpoint import Checkpoint
 from ..surgery.errors import DowncycleError
 from ..terminal import Json, Trust, format_bytes, parse_count, print_json, printable, progress_bar, stage_bar
 from .results import RESULTS, read_results, results_json
@@ -184,6 +185,17 @@ def _print_plan(plan: PushPlan, dry_run: bool) -> None:
     lines.append(f"{'would send' if dry_run else 'sending'} {len(plan.files)} files, {format_bytes(plan.bytes)}")
     for line in lines:
         typer.echo(printable(line), err=not dry_run)
+
+
+def add_card(model: Checkpoint, target: str) -> Checkpoint:
+    """Put a model card into a model that is about to be written; where there can be none, say why."""
+    from .card.card import card_files
+
+    try:
+        return replace(model, files={**model.files, **card_files(model, target)})
+    except DowncycleError as error:
+        typer.echo(f"no model card: {printable(str(error))}", err=True)
+        return model
 
 
 def hush() -> None:

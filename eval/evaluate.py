@@ -17,6 +17,7 @@ from typing import Any
 
 from ..surgery.checkpoint import Checkpoint, open_checkpoint, split_revision
 from ..surgery.errors import DowncycleError
+from ..surgery.weights import num_parameters
 from .benchmarks.harness import require_lm_eval
 from .benchmarks.tasks import Task, parse_tasks, task_key
 from .cache import keep, keep_results, key_of, recall
@@ -28,6 +29,7 @@ from .measure.speed import measure_speed
 from .measure.text import Documents, read_documents
 from .origin import HEALED, PARENT, UNKNOWN, origin_of, training_folder, training_log
 from .results import ModelResult, Perplexity, Results, Score, Speed
+from .ternary.layers import layer_weights
 
 TURNS = 2
 PACKAGES = ("downcycle", "torch", "transformers", "bitsandbytes", "lm_eval")
@@ -112,7 +114,7 @@ def evaluate(
         for subject, speed in zip(subjects, speeds, strict=True):
             keep(subject.content, side_by_side, speed)
     measured = [_measure(subject, plan, progress) for subject in subjects]
-    described = [_describe(subject, plan, known, speed) for subject, known, speed in zip(subjects, measured, speeds, strict=True)]
+    described = [_describe(subject, plan, known, speed, progress) for subject, known, speed in zip(subjects, measured, speeds, strict=True)]
     versions = {name: release for name in PACKAGES if (release := release_of(name))}
     results = Results(_with_roles(described), machine, versions, time.strftime("%Y-%m-%d"), limit)
     keep_results(results)
@@ -207,7 +209,7 @@ def _task_key(plan: Plan, task: Task) -> str:
     return _key(plan, "task", task_key(task, plan.limit))
 
 
-def _describe(subject: Subject, plan: Plan, known: Measured, speed: dict[str, Any]) -> ModelResult:
+def _describe(subject: Subject, plan: Plan, known: Measured, speed: dict[str, Any], progress: Progress) -> ModelResult:
     """Put together what is known of a model."""
     checkpoint, origin = subject.checkpoint, origin_of(subject.checkpoint)
     texts = (replace(Perplexity(**known[_text_key(plan, text)]), text=_shown(text, plan.limit)) for text in plan.texts)
@@ -217,7 +219,7 @@ def _describe(subject: Subject, plan: Plan, known: Measured, speed: dict[str, An
         content=subject.content,
         role=HEALED if training and not origin.steps else origin.role,
         layers=checkpoint.num_layers,
-        parameters=checkpoint.num_elements,
+        parameters=num_parameters(checkpoint),
         nbytes=checkpoint.nbytes,
         **known[_key(plan, "loaded")],
         revision=checkpoint.revision,
@@ -227,6 +229,7 @@ def _describe(subject: Subject, plan: Plan, known: Measured, speed: dict[str, An
         scores=tuple(Score(**score) for task in plan.tasks for score in known[_task_key(plan, task)]),
         speed=Speed(**speed),
         training=training_log(training) if training else (),
+        ternary=layer_weights(checkpoint, subject.content, partial(_told, progress, subject.name)),
     )
 
 

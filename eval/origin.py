@@ -14,13 +14,14 @@ from typing import Any
 
 from ..recipes.training import has_history, history
 from ..surgery.adapter.merge import adapter_fingerprint
-from ..surgery.checkpoint import Checkpoint, find_source
+from ..surgery.checkpoint import Checkpoint, find_source, open_checkpoint
 from ..surgery.compensation.fold import CALIBRATION, COMPENSATION
 from ..surgery.errors import DowncycleError
 from ..surgery.lineage import MERGE
+from ..surgery.lineage import TERNARY as CONVERT
 from .results import Logged
 
-PARENT, CUT_ONLY, HEALED, UNKNOWN = "parent", "cut", "healed", "model"
+PARENT, CUT_ONLY, HEALED, TERNARY, UNKNOWN = "parent", "cut", "healed", "ternary", "model"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Step:
     """One operation that led to a model. cut: the layers kept and the rule; merge: the adapter (a folder, or a Hub id).
 
     calibration: the samples that the rule measured on, or a compensation; compensation: the method, its losses, the fitted tensors.
+    fingerprint: of the parent.
     """
 
     operation: str
@@ -40,6 +42,7 @@ class Step:
     adapter: str = ""
     adapter_revision: str | None = None
     adapter_fingerprint: str = ""
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,22 @@ class Origin:
 
     @property
     def role(self) -> str:
-        """parent (nothing is known of its making), cut, or healed (something was merged after the cut, or at all)."""
+        """parent (nothing is known of its making), cut, healed (something was merged after the cut, or at all), or ternary (converted)."""
         if not self.steps:
             return PARENT
-        return HEALED if any(step.operation == MERGE for step in self.steps) else CUT_ONLY
+        if any(step.operation == CONVERT for step in self.steps):
+            return TERNARY
+        return HEALED if self.is_healed else CUT_ONLY
+
+    @property
+    def is_healed(self) -> bool:
+        """Whether something that was trained was merged into it."""
+        return any(step.operation == MERGE for step in self.steps)
+
+    def after(self, before: Origin) -> Origin:
+        """Return how a model came about whose first parent came about so itself."""
+        kept = self.kept if self.kept is None or before.kept is None else tuple(before.kept[layer] for layer in self.kept)
+        return Origin((*before.steps, *self.steps), before.kept if kept is None else kept, before.depth or self.depth)
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin:
@@ -95,16 +110,17 @@ def _step(link: Mapping[str, Any]) -> Step:
         adapter=link.get("adapter", ""),
         adapter_revision=link.get("adapter_revision"),
         adapter_fingerprint=link.get("adapter_fingerprint", ""),
+        fingerprint=link.get("fingerprint", ""),
     )
 
 
 def training_folder(checkpoint: Checkpoint, folder: Path | None = None) -> Path | None:
     """Return the output folder of the training that healed a model, where it is still on this machine.
 
-    That of the last adapter merged, or the model's own folder, where every weight was trained and it was saved there. A folder that
-    another training was put into since then is neither.
+    That of the last adapter merged, the folder of the weights that were converted, or the model's own folder, where every weight was
+    trained and it was saved there. A folder that another training was put into since then is none of them.
     """
-    places = (place for step in reversed(origin_of(checkpoint).steps) if (place := adapter_folder(step)))
+    places = (place for step in reversed(origin_of(checkpoint).steps) if (place := adapter_folder(step) or converted_folder(step)))
     return next((place for place in (*places, *filter(None, [folder])) if has_history(place)), None)
 
 
@@ -113,6 +129,15 @@ def adapter_folder(step: Step) -> Path | None:
     if step.adapter and not step.adapter_revision:
         with suppress(DowncycleError, OSError):
             if adapter_fingerprint(find_source(place := Path(step.adapter).expanduser())) == step.adapter_fingerprint:
+                return place
+    return None
+
+
+def converted_folder(step: Step) -> Path | None:
+    """Return the folder of the weights that were made ternary, where it holds them still, by their config, names and shapes."""
+    if step.operation == CONVERT and not step.revision:
+        with suppress(DowncycleError, OSError):
+            if open_checkpoint(place := Path(step.parent).expanduser()).fingerprint == step.fingerprint:
                 return place
     return None
 

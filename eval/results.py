@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,35 @@ class Logged:
 
 
 @dataclass(frozen=True)
+class LayerWeights:
+    """The ternary weights of one decoder layer; layer: its number, None for all that is in none.
+
+    minus, zero, plus: how many are -1, 0 and 1. after: bytes of codes and scales. Where W, the weights that were rounded, is at hand:
+    before: its bytes; error: |W - sT| / |W|; norm: |W|.
+    """
+
+    layer: int | None
+    minus: int
+    zero: int
+    plus: int
+    after: int
+    before: int | None = None
+    error: float | None = None
+    norm: float | None = None
+
+    @property
+    def weights(self) -> int:
+        """How many there are."""
+        return self.minus + self.zero + self.plus
+
+
+@dataclass(frozen=True)
 class ModelResult:
     """What is known and was measured of one model.
 
-    role: parent, cut, healed, or model, where nothing says what it was made from. content: SHA-256 of all that it computes with.
+    role: parent, cut, healed, ternary, or model, where nothing says what it was made from. content: SHA-256 of all that it computes with.
     layers: its own decoder layers; kept: those of the first parent (numbers from 0) that they came from, of `depth` in all.
-    nbytes: of its tensors. load: dtype that it was measured in. training: of the run that healed it.
+    nbytes: of its tensors. load: dtype that it was measured in. training: of the run that healed it. ternary: its packed ternary weights.
     """
 
     name: str
@@ -108,6 +132,7 @@ class ModelResult:
     scores: tuple[Score, ...] = ()
     speed: Speed | None = None
     training: tuple[Logged, ...] = ()
+    ternary: tuple[LayerWeights, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +152,17 @@ class Results:
     def baseline(self) -> ModelResult:
         """The model that the others are compared with."""
         return self.models[0]
+
+
+def all_layers(layers: Sequence[LayerWeights]) -> LayerWeights:
+    """Add layers up; at least one."""
+    minus, zero, plus, after = (sum(getattr(one, name) for one in layers) for name in ("minus", "zero", "plus", "after"))
+    known = [(one.before, one.error, one.norm) for one in layers]
+    if any(None in one for one in known):
+        return LayerWeights(None, minus, zero, plus, after)
+    norm = math.hypot(*(one[2] or 0 for one in known))
+    lost = math.hypot(*((one[1] or 0) * (one[2] or 0) for one in known))
+    return LayerWeights(None, minus, zero, plus, after, sum(one[0] or 0 for one in known), lost / norm if norm else 0.0, norm)
 
 
 def retained(value: float, baseline: float, higher_is_better: bool = True) -> float | None:
@@ -177,6 +213,7 @@ def _model(value: Mapping[str, Any]) -> ModelResult:
         "scores": tuple(Score(**one) for one in value["scores"]),
         "speed": value["speed"] and Speed(**value["speed"]),
         "training": tuple(Logged(**one) for one in value["training"]),
+        "ternary": tuple(LayerWeights(**one) for one in value.get("ternary", ())),  # earlier releases wrote none
         "kept": None if value["kept"] is None else tuple(value["kept"]),
     }
     return ModelResult(**{**value, **parts})

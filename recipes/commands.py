@@ -16,9 +16,7 @@ from ..terminal import Json, Revision, Src, Trust, format_bytes, parse_count, pr
 from .dataset.source import FINEWEB, LLAMA
 from .machine import PARALLEL, Machine
 from .memory import format_gib, memory_table, model_size
-from .presets import PRESETS
-
-RECIPE = "axolotl.yaml"
+from .presets import PRESETS, RECIPE
 
 Gpus = Annotated[int | None, typer.Option(metavar="N", help="GPUs in each node; 0 is a CPU [default: as the preset was laid out].")]
 Arch = Annotated[str, typer.Option("--gpu-arch", metavar="SM", help="Compute capability of the GPUs: sm_75, sm_80, sm_90, ...")]
@@ -50,10 +48,10 @@ def inspect(src: Src, revision: Revision = None, trust_remote_code: Trust = Fals
 
 def recipe(
     context: typer.Context,
-    src: Annotated[str | None, typer.Argument(metavar="DIR", help="The model to heal: a child's folder, or a Hub id.")] = None,
-    preset: Annotated[str, typer.Option(metavar="NAME", help=f"How to heal: {', '.join(PRESETS)}.")] = "qlora",
+    src: Annotated[str | None, typer.Argument(metavar="DIR", help="The model to train: a child's folder, or a Hub id.")] = None,
+    preset: Annotated[str, typer.Option(metavar="NAME", help=f"How to train: {', '.join(PRESETS)}.")] = "qlora",
     dataset: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Folder of `downcycle data`, a file, or a Hub id [default: 1B tokens of FineWeb].")
+        str | None, typer.Option(metavar="DATA", help="Folder of `downcycle data`, a file, or a Hub id [default: FineWeb].")
     ] = None,
     gpus: Gpus = None,
     gpu_memory: Annotated[float | None, typer.Option(metavar="GIB", help="Memory of each GPU, as it is sold: 24, 48, 80.")] = None,
@@ -61,16 +59,23 @@ def recipe(
     nodes: Annotated[int, typer.Option(metavar="N", help="Machines with that many GPUs each.")] = 1,
     parallel: Annotated[str, typer.Option(metavar="WAY", help=f"How several GPUs share the work: {', '.join(PARALLEL)}.")] = "auto",
     ray: Annotated[bool, typer.Option("--ray", help="Launch through a Ray cluster.")] = False,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Sequences in one optimiser step, over all GPUs [default: 64].")] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", help="Sequences in one optimiser step, over all GPUs [default: 64; ternary 256].")
+    ] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any Axolotl key; null takes it out. May repeat.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help=f"The file to write [default: {RECIPE} in DIR; - is stdout].")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help=f"The file to write [default: {RECIPE} in DIR, axolotl-ternary.yaml for `ternary`; - is stdout]."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that was changed by hand.")] = False,
     check: Annotated[Path | None, typer.Option(metavar="FILE", help="Check an Axolotl YAML, written by anyone, and write nothing.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the Axolotl recipe that heals a model, or check one."""
+    """Write the Axolotl recipe that heals a model or makes it ternary, or check one."""
     if check is not None:
         refuse_given(
             context,
@@ -102,7 +107,7 @@ def recipe(
     if str(out) == "-":
         typer.echo(recipe_text(made, "FILE"), nl=False)
         return
-    target = out or Path(src) / RECIPE
+    target = out or Path(src) / PRESETS[preset].file
     if out is None and not Path(src).is_dir():
         raise DowncycleError(f"{src}: not a folder on this machine; say with --out where the recipe goes")
     _write_recipe(target, recipe_text(made, str(target)), overwrite)

@@ -36,7 +36,14 @@ RESERVED = "<|reserved_special_token_0|>"
 # `downcycle demo` puts both there.
 DEMO_CHILD = "downcycle-demo/child"
 DEMO_TEXT = TextSource({"path": "downcycle-demo/healing.jsonl", "ds_type": "json", "split": "train", "type": "completion"})
-CPU = {"dataset": DEMO_TEXT, "batch": 4, "overrides": {"sequence_len": 512, "gradient_checkpointing": False}}
+CPU_KEYS = {"sequence_len": 512, "gradient_checkpointing": False}
+CPU = {"dataset": DEMO_TEXT, "batch": 4, "overrides": CPU_KEYS}
+# A pass over the text, in a few minutes; so small a model takes, and needs, a greater rate.
+FEW_STEPS = {
+    **{"max_steps": 150, "downcycle_ternary.warmup_steps": 50, "learning_rate": 1e-3},
+    **{"micro_batch_size": 4, "val_set_size": 0.02, "eval_steps": 50, "save_steps": 150},
+}
+TRAINED = {"downcycle_ternary": {"strength": 1.0}}  # what `ternary` leaves in config.json, as far as it is read here
 
 # What each file is made with: preset, machine, and what else is asked.
 FILES: dict[str, tuple[str, Machine, dict[str, Any]]] = {
@@ -52,18 +59,25 @@ FILES: dict[str, tuple[str, Machine, dict[str, Any]]] = {
     "llama-3-6b/full-8x80gb-zero3.yaml": ("full", Machine(8, 80), {"parallel": "zero3"}),
     "llama-3-6b/full-2x8x80gb-fsdp2.yaml": ("full", Machine(8, 80, 2, "sm_90"), {"parallel": "fsdp2"}),
     "llama-3-6b/stream-4x48gb.yaml": ("stream", Machine(4, 48, arch="sm_86"), {}),
+    "llama-3-6b/ternary-8x80gb-fsdp2.yaml": ("ternary", Machine(8, 80), {"parallel": "fsdp2"}),
+    "llama-3-6b/ternary-long-8x80gb-fsdp2.yaml": ("ternary-long", Machine(8, 80), {"parallel": "fsdp2"}),
     "demo/qlora-cpu.yaml": ("qlora", Machine(0), CPU),
     "demo/tail-cpu.yaml": ("tail", Machine(0), CPU),
+    "demo/ternary-cpu.yaml": ("ternary", Machine(0), CPU | {"overrides": CPU_KEYS | FEW_STEPS}),
 }
 
 
 def config_texts() -> dict[str, str]:
     """Return every file of axolotl_configs by its name in that folder."""
     demo = open_checkpoint(DEMO)
-    models = {"llama-3-6b": (llama_shape(LLAMA_3_6B), "Llama-3-6B"), "demo": (keep_layers(demo, first(demo.num_layers, 9)), DEMO_CHILD)}
+    models = {
+        "llama-3-6b": (llama_shape(LLAMA_3_6B), "Llama-3-6B"),
+        "llama-3-6b/ternary-long": (llama_shape(LLAMA_3_6B | TRAINED), "outputs/llama-3-6b-1.58"),
+        "demo": (keep_layers(demo, first(demo.num_layers, 9)), DEMO_CHILD),
+    }
     texts = {}
     for name, (preset, machine, options) in FILES.items():
-        model, base_model = models[name.split("/")[0]]
+        model, base_model = models.get(f"{name.split('/')[0]}/{preset}") or models[name.split("/")[0]]
         recipe = make_recipe(model, base_model, preset, machine=machine, **options)
         texts[name] = recipe_text(recipe, f"axolotl_configs/{name}")
     return texts

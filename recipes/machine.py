@@ -14,11 +14,13 @@ from ..surgery.errors import DowncycleError
 from .memory import GIB, ModelSize, Training, format_gib, needed_bytes, training_bytes
 from .validation.hardware import AMPERE, compute_capability
 from .validation.model_faults import parameter_pattern
+from .validation.ternary import is_ternary, ternary_section
 
 LARGEST_MICRO_BATCH = 16  # more sequences at once win nothing once a GPU is busy
 PARALLEL = ("auto", "ddp", "fsdp2", "zero3")
 USABLE = 0.92  # of the memory that a GPU is sold with: error correction and the driver take the rest
 QLORA = {"adapter": "qlora", "load_in_4bit": True, "lora_r": 128, "lora_target_linear": True, "unfrozen_parameters": None}
+SMALL_ADAM = "adamw_torch_8bit"  # torchao's: two moments of 8 bits
 FUSED = {"liger_fused_linear_cross_entropy": True, "eval_batch_size": 1}
 
 
@@ -171,6 +173,8 @@ def estimate(size: ModelSize, settings: Mapping[str, Any], micro_batch: int, mac
         parallel=mode,
         shards=machine.world,
         offloaded=bool((settings.get("fsdp_config") or {}).get("offload_params")),
+        ternary=is_ternary(settings),
+        teacher=is_ternary(settings) and bool(ternary_section(settings).get("distill")),
     )
 
 
@@ -201,6 +205,8 @@ def _added(size: ModelSize, settings: Mapping[str, Any]) -> int:
 
 
 def _method(settings: Mapping[str, Any]) -> str:
+    if is_ternary(settings):
+        return "ternary"
     return settings.get("adapter") or ("tail" if settings.get("unfrozen_parameters") else "full")
 
 
@@ -210,7 +216,7 @@ def _modes(settings: Mapping[str, Any], machine: Machine, parallel: str) -> list
         return ["none"]
     if parallel != "auto":
         return [parallel]
-    if _method(settings) == "full":
+    if _method(settings) in ("full", "ternary"):
         return ["fsdp2"]
     return ["ddp"] if machine.memory is None else ["ddp", "fsdp2"]
 
@@ -218,11 +224,17 @@ def _modes(settings: Mapping[str, Any], machine: Machine, parallel: str) -> list
 def _advice(size: ModelSize, settings: Mapping[str, Any], machine: Machine, micro: int, mode: str) -> str:
     """Name the changes that would each make it fit; of each kind the least."""
     sharding = "fsdp2" if mode in ("none", "ddp") else mode
-    short, lean = {"sequence_len": min(2048, settings["sequence_len"])}, QLORA | FUSED
+    short, lean, small = {"sequence_len": min(2048, settings["sequence_len"])}, QLORA | FUSED, {"optimizer": SMALL_ADAM}
+    other: dict[str, tuple[Mapping[str, Any], int, Machine, str]] = {
+        "--preset qlora": (lean, 1, machine, mode),
+        "--preset qlora --set sequence_len=2048": (lean | short, 1, machine, mode),
+    }
+    if is_ternary(settings):  # which no other preset does
+        other = {f"--set optimizer={SMALL_ADAM}": (small, micro, machine, mode)}
     kinds: list[dict[str, tuple[Mapping[str, Any], int, Machine, str]]] = [
         {"--set micro_batch_size=1": ({}, 1, machine, mode)},
         {"--set sequence_len=2048": (short, micro, machine, mode)},
-        {"--preset qlora": (lean, 1, machine, mode), "--preset qlora --set sequence_len=2048": (lean | short, 1, machine, mode)},
+        other,
         {"--parallel fsdp2": ({}, micro, machine, sharding if machine.world > 1 else mode)},
         {"--set fsdp_config.offload_params=true": ({"fsdp_config": {"offload_params": True}}, micro, machine, mode)},
         {f"--gpus {n}": ({}, micro, replace(machine, gpus=n), sharding) for n in (2, 4, 8) if n > machine.gpus},

@@ -47,14 +47,15 @@ class ModelSize:
     """What of a model decides its memory, in numbers (not bytes).
 
     parameters: of each tensor. matrices: those of decoder layers, which NF4, int8 and LoRA apply to. layer_elements: of each layer.
-    layer_outputs: what the matrices of the widest layer give for one token. cache: for each layer that has a KV cache, the numbers
-    that it keeps for one token, and its window in tokens (0: no limit).
+    layer_outputs, layer_inputs: what the matrices of the widest layer give for one token, and what they take, each for itself. cache: for
+    each layer that has a KV cache, the numbers that it keeps for one token, and its window in tokens (0: no limit).
     """
 
     parameters: Mapping[str, int]
     matrices: tuple[Matrix, ...]
     layer_elements: tuple[int, ...]
     layer_outputs: int
+    layer_inputs: int
     hidden: int
     vocab: int
     packed: bool
@@ -74,6 +75,11 @@ class ModelSize:
     def linear(self) -> int:
         """Parameters in the matrices."""
         return sum(matrix.elements for matrix in self.matrices)
+
+    @property
+    def widest(self) -> int:
+        """Parameters of the largest matrix of a layer."""
+        return max((matrix.rows * matrix.columns for matrix in self.matrices), default=0)
 
     @property
     def head(self) -> int:
@@ -119,6 +125,7 @@ def model_size(checkpoint: Checkpoint) -> ModelSize:
         matrices=tuple(matrix for matrices in layers for matrix in matrices),
         layer_elements=tuple(sum(prod(tensor.shape) for tensor in layer.values()) for layer in stack.layers),
         layer_outputs=max(int(sum(m.count * m.rows * (active if m.routed else 1) for m in matrices)) for matrices in layers),
+        layer_inputs=max(int(sum(m.count * m.columns * (active if m.routed else 1) for m in matrices)) for matrices in layers),
         hidden=hidden,
         vocab=_first(config, "vocab_size"),
         packed=bool(packed_by(checkpoint.config)),
@@ -158,8 +165,10 @@ def training_bytes(
     parallel: str = "none",
     shards: int = 1,
     offloaded: bool = False,
+    ternary: bool = False,
+    teacher: bool = False,
 ) -> Training:
-    """Estimate what one GPU needs to train with Axolotl 0.19, which loads weights in bf16 and keeps them so.
+    """Estimate what one GPU needs to train with Axolotl 0.19, which loads weights in bf16 and keeps them so; TernaryPlugin, in float32.
 
     DDP holds gradients twice, the second time in the buckets that are sent. ZeRO-3 keeps float32 weights and moments in its optimiser;
     FSDP2 does not. A sharded model is gathered layer by layer; sharded NF4 weights are loaded whole on each GPU first.
@@ -168,29 +177,36 @@ def training_bytes(
     Logits: 12 bytes for each token and vocabulary entry (bf16, float32, log-softmax, gradient), next to nothing with a fused loss; 10 in
     evaluation, where no loss is fused.
 
+    Ternary: each map of a layer keeps its rounded inputs, of 16 bits, beside float32 ones of a moment, and its rounded weights, of 16
+    bits too, beside a float32 copy of one. Where weights are not gathered in bf16, as FSDP2 does, what goes from layer to layer is float32.
+
     Args:
         tokens: micro-batch x sequence length; evaluated: the same in evaluation, 0 where there is none.
         trained: how many of the model's own parameters are trained; added: float32 ones beside them, as LoRA's are.
         frozen: bf16, int8 or nf4, how weights are held where none of them is trained.
         adam_bits: of each of the optimiser's two moments [default: as the parameters'].
         parallel: none, ddp, fsdp2 or zero3, over `shards` GPUs. offloaded: shards lie in CPU memory, gradients and optimiser too.
+        ternary: trained by TernaryPlugin; teacher: with a whole second model in bf16 on each GPU, whose logits are stored too.
     """
     sharded = parallel in ("fsdp2", "zero3")
     over = inf if sharded and offloaded else shards if sharded else 1
-    own = 2.0 * size.elements if trained else weight_bytes(size, frozen)
-    moments = (ADAM_BYTES[adam_bits or 16] * trained) + ADAM_BYTES[adam_bits or 32] * added
+    each = 4 if ternary else 2
+    own = float(each * size.elements) if trained else weight_bytes(size, frozen)
+    moments = (ADAM_BYTES[adam_bits or 8 * each] * trained) + ADAM_BYTES[adam_bits or 32] * added
     if parallel == "zero3":
         moments = 12 * trained + 8 * added
     gathered = 2 * (max(size.layer_elements) + size.head) if sharded else 0
-    layer = tokens * 2 * (2 * size.layer_outputs + 12 * size.hidden)
-    stored = tokens * 2 * size.hidden * size.layers if checkpointing else layer * size.layers
+    wide = ternary and not sharded  # what goes from layer to layer is float32
+    layer = tokens * 2 * (2 * size.layer_outputs + (16 if wide else 12) * size.hidden) + ternary * tokens * 4 * size.layer_inputs
+    stored = tokens * (4 if wide else 2) * size.hidden * size.layers if checkpointing else layer * size.layers
+    rounded = 2 * max(size.layer_elements) * (1 if checkpointing else size.layers) + 4 * size.widest if ternary else 0
     unpacked = 2 * max(size.layer_elements) if frozen == "nf4" else 0
     needs = Training(
-        weights=(own + 4 * added) / over + gathered,
-        gradients=(2 * trained + 4 * added) * (2 if parallel == "ddp" else 1) / over,
+        weights=(own + 4 * added) / over + gathered + 2 * teacher * size.elements,
+        gradients=(each * trained + 4 * added) * (2 if parallel == "ddp" else 1) / over,
         optimizer=moments / over,
-        activations=stored + layer + unpacked,
-        logits=tokens * (size.hidden * 8 if fused_loss else size.vocab * 12),
+        activations=stored + layer + unpacked + rounded,
+        logits=tokens * (size.hidden * 8 if fused_loss else size.vocab * (16 if teacher else 12)),
         overhead=OVERHEAD,
     )
     evaluation = max(0, evaluated * size.vocab * 10 - needs.activations - needs.logits)

@@ -1,4 +1,5 @@
-"""The keys that follow the model: its pad token, the parameters of its head and last layers, the kernels that know its family.
+"""The keys that follow the model: its pad token, the parameters of its head and last layers, the kernels that know its family, and how it
+was trained ternary before.
 
 Reads config, tokenizer files and tensor names only.
 """
@@ -12,6 +13,7 @@ from typing import Any
 from ..surgery.checkpoint import Checkpoint, file_bytes
 from ..surgery.errors import DowncycleError
 from ..surgery.stack import split_layers
+from ..surgery.ternary.record import read_record
 
 # Families whose kernels Liger has in the version that Axolotl 0.19 installs, and those whose attention and MLP the LoRA kernels fit.
 LIGER = frozenset((
@@ -19,6 +21,7 @@ LIGER = frozenset((
     "llama4", "llama4_text", "ministral", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe",
     "qwen3_next", "smollm3",
 ))  # fmt: skip
+FULLY = 0.99  # lambda of a warm-up that is over; a sigmoid comes that near to 1
 LORA_KERNELS = frozenset(("llama", "mistral", "qwen2", "qwen3", "smollm3"))
 
 
@@ -59,6 +62,27 @@ def unfit_keys(model_type: str, config: dict[str, Any], gpus: int) -> list[str]:
     liger = [key for key in config if key.startswith("liger_")]
     kernels = [key for key in config if re.fullmatch(r"lora_(mlp|qkv|o|embedding)_kernel", key)]
     return (liger if not gpus or model_type not in LIGER else []) + (kernels if not gpus or model_type not in LORA_KERNELS else [])
+
+
+def ternary_keys(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what of an earlier ternary training must stay as it was: its maps and norms; nothing where there was none."""
+    before = read_record(checkpoint.config, checkpoint.name)
+    kept = {"include": list(before.rule.include), "exclude": list(before.rule.exclude), "norm": before.norm} if before else {}
+    return {key: value for key, value in kept.items() if value}
+
+
+def check_trained(checkpoint: Checkpoint, preset: str) -> None:
+    """Refuse to go on with a model that no ternary training left, or one that was stopped in its warm-up.
+
+    Raises:
+        DowncycleError: says what to run before.
+    """
+    before = read_record(checkpoint.config, checkpoint.name)
+    first = f"--preset {preset} goes on where --preset ternary ended"
+    if before is None:
+        raise DowncycleError(f"{checkpoint.name}: was never trained ternary; {first}: run that first, and give its output_dir")
+    if before.strength < FULLY:
+        raise DowncycleError(f"{checkpoint.name}: its warm-up stopped at a lambda of {before.strength:g}; {first}: let that end first")
 
 
 def _read(checkpoint: Checkpoint, path: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The presets: which Axolotl keys a recipe sets, to what, and why. Values only; knows no model, data or machine.
 
-The six share what they agree on; `llama-3-6b` stands alone, as it was published.
+They share what they agree on; `llama-3-6b` stands alone, as it was published.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .validation.own_plugins import SECTION, TERNARY
+
 FINEWEB_1B = "prince-canuma/fineweb-CC-MAIN-2024-10-1B-en"  # what Llama-3-6B was healed on
+RECIPE = "axolotl.yaml"  # where a recipe stands, unless its preset says otherwise
+FINEWEB_EDU_10B = "HuggingFaceFW/fineweb-edu:sample-10BT"
+LIGER = "axolotl.integrations.liger.LigerPlugin"
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Preset:
-    """A way to heal: its settings, and what they are worth by default.
+    """A way to train: its settings, and what they are worth by default.
 
-    batch: sequences in one step, over all GPUs. micro_batch, gpus: what it was laid out for, where a user names no machine.
+    batch: sequences in one step, over all GPUs. micro_batch, gpus: what it was laid out for, where a user names no machine. file: the
+    recipe's name. goes_on: whether it takes up a model that was trained ternary.
     """
 
     purpose: str
@@ -34,6 +40,8 @@ class Preset:
     gpus: int = 1
     dataset: str = FINEWEB_1B
     trained_layers: int = 0  # of `tail`: how many of the last layers
+    file: str = RECIPE
+    goes_on: bool = False
 
 
 def _plain(**values: Any) -> dict[str, Setting]:
@@ -57,7 +65,7 @@ SHARED = {
     "gradient_checkpointing": Setting(True, "recomputes activations: a third more work for a tenth of their memory"),
     "gradient_checkpointing_kwargs": Setting({"use_reentrant": False}),
     "attn_implementation": Setting("flash_attention_2", "from the flash-attn package, or the kernels hub where it is not installed"),
-    "plugins": Setting(["axolotl.integrations.liger.LigerPlugin"]),
+    "plugins": Setting([LIGER]),
     "liger_rope": Setting(True),
     "liger_rms_norm": Setting(True),
     "liger_fused_linear_cross_entropy": Setting(True, "training stores no logits: 12 bytes x vocabulary saved for each token"),
@@ -100,7 +108,35 @@ STREAM = {
     "val_set_size": Setting(0, "a stream has no end to take a part of; name test_datasets for a held-out loss"),
     "save_steps": Setting(500),
 }
-WITHOUT_EPOCHS = ("num_epochs", "evals_per_epoch", "saves_per_epoch", "eval_sample_packing", "eval_batch_size")
+EPOCHS = ("num_epochs", "evals_per_epoch", "saves_per_epoch")
+WITHOUT_EPOCHS = (*EPOCHS, "eval_sample_packing", "eval_batch_size")
+
+# Ternary training of Llama-3-8B-Instruct, published: huggingface.co/blog/1_58_llm_extreme_quantization. Not published, and chosen here:
+# schedule and warm-up of the rate, weight decay, moments.
+TERNARY_BATCH = 256  # x 8192 tokens = 2M, published
+LAMBDA = "lambda goes from 0, the model as it was, to 1, ternary weights and 8-bit activations, in so many steps: as published"
+TERNARY_WEIGHTS = {
+    "plugins": Setting([LIGER, TERNARY], "Liger's kernels work on what the ternary maps give, and the head stays as it is"),
+    "bf16": Setting("auto", "of products; the weights themselves stay in float32, or updates of a millionth would be lost"),
+    "liger_glu_activation": Setting(True),
+    "optimizer": Setting("adamw_torch_fused", "its state in float32, as the weights"),
+    "eval_steps": Setting(500),
+    "save_steps": Setting(500),
+}
+ONCE_ROUNDED = {
+    SECTION: Setting({"schedule": "linear", "warmup_steps": 1000}, LAMBDA),
+    "max_steps": Setting(5000, "published, of 2M tokens each"),
+    "learning_rate": Setting(1e-4, "the peak rate, published"),
+    "cosine_min_lr_ratio": Setting(0.1, "ends where ternary-long begins"),
+    "weight_decay": Setting(0.1, "keeps weights small enough to change sign; BitNet's authors drop it halfway"),
+}
+ROUNDED_ON = {
+    SECTION: Setting({"schedule": "linear", "warmup_steps": 0}, "lambda is 1 from the first step on: no warm-up"),
+    "max_steps": Setting(45_000, "published, of 2M tokens each"),
+    "learning_rate": Setting(1e-5, "the best peak rate, published"),
+    "warmup_ratio": Setting(0.01, "the optimizer's state begins anew"),
+    "weight_decay": Setting(0.0, "as BitNet's authors have it late in training: weights may come to rest"),
+}
 
 PUBLISHED = _plain(
     load_in_4bit=True,
@@ -151,8 +187,33 @@ PRESETS = {
         {key: setting for key, setting in (SHARED | ADAPTER | QLORA | STREAM).items() if key not in WITHOUT_EPOCHS},
         dataset="HuggingFaceFW/fineweb:CC-MAIN-2024-10",
     ),
+    "ternary": Preset(
+        "train ternary weights (BitNet b1.58) out of the ones that are there, as Llama3-8B-1.58 was",
+        {key: setting for key, setting in (SHARED | TERNARY_WEIGHTS | ONCE_ROUNDED).items() if key not in EPOCHS},
+        batch=TERNARY_BATCH,
+        micro_batch=1,
+        gpus=8,
+        dataset=FINEWEB_EDU_10B,
+        file="axolotl-ternary.yaml",
+    ),
+    "ternary-long": Preset(
+        "train ternary weights on, from where `ternary` ended",
+        {
+            key: setting
+            for key, setting in (SHARED | STREAM | TERNARY_WEIGHTS | ROUNDED_ON).items()
+            if key not in (*WITHOUT_EPOCHS, "eval_steps")
+        },
+        batch=TERNARY_BATCH,
+        micro_batch=1,
+        gpus=8,
+        dataset="HuggingFaceFW/fineweb-edu:sample-100BT",
+        file="axolotl-ternary-long.yaml",
+        goes_on=True,
+    ),
     "llama-3-6b": Preset("heal as Llama-3-6B was, value for value", PUBLISHED, gpus=4),
 }
+
+RECIPES = tuple(dict.fromkeys(preset.file for preset in PRESETS.values()))  # what recipes are called
 
 # The file's blocks, in order: each key stands in the first that names it, and keys that none names stand in the last.
 BLOCKS = {
@@ -163,7 +224,7 @@ BLOCKS = {
     ),
     "what is trained": (
         *("adapter", "load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "peft_use_rslora", "peft_use_dora", "lora_dropout"),
-        *("lora_target_linear", "lora_target_modules", "lora_modules_to_save", "unfrozen_parameters"),
+        *("lora_target_linear", "lora_target_modules", "lora_modules_to_save", "unfrozen_parameters", SECTION),
     ),
     "batch": ("micro_batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"),
     "optimisation": (
@@ -171,6 +232,7 @@ BLOCKS = {
         "adam_beta2",
         "lr_scheduler",
         "learning_rate",
+        "cosine_min_lr_ratio",
         "warmup_ratio",
         "warmup_steps",
         "weight_decay",

@@ -15,12 +15,13 @@ from ..surgery.errors import DowncycleError
 from ..surgery.naming import folder_name
 from .machine import Fit, Machine, check_machine, fit, parallel_settings
 from .memory import ModelSize, model_size
-from .model_keys import pad_token, tail_parameters, unfit_keys
-from .presets import PRESETS, Preset, Setting
+from .model_keys import check_trained, pad_token, tail_parameters, ternary_keys, unfit_keys
+from .presets import LIGER, PRESETS, Preset, Setting
 from .text_source import TextSource, find_text
 from .validation.check import check_keys
 from .validation.conflicts import conflicts
 from .validation.model_faults import model_faults, positions
+from .validation.own_plugins import SECTION
 
 ENOUGH_TOKENS = 1_000_000_000  # what a stream, which has no end, is trained on
 USER = "set by you"
@@ -79,6 +80,8 @@ def make_recipe(
     check_machine(machine, parallel)
     if not isinstance(dataset, TextSource):
         dataset = find_text(dataset or chosen.dataset, streaming="streaming" in chosen.settings)
+    if chosen.goes_on:
+        check_trained(model, preset)
     settings = dict(chosen.settings) | _model_settings(model, base_model, preset, chosen) | _text_settings(dataset, chosen)
     settings = _adapt(settings, model, machine, preset)
     size = model_size(model)
@@ -98,7 +101,8 @@ def make_recipe(
 
 def _model_settings(model: Checkpoint, base_model: str, preset: str, chosen: Preset) -> dict[str, Setting]:
     name = folder_name(base_model).lower()
-    outputs = {"qlora": name, "llama-3-6b": f"{name}-published"}.get(preset, f"{name}-{preset}")
+    own = {"qlora": name, "llama-3-6b": f"{name}-published", "ternary": f"{name}-1.58", "ternary-long": f"{name}-long"}
+    outputs = own.get(preset, f"{name}-{preset}")
     settings = {"base_model": Setting(base_model), "output_dir": Setting(f"outputs/{outputs}")}
     if "streaming" not in chosen.settings:
         settings["dataset_prepared_path"] = Setting(f"outputs/{name}-prepared")
@@ -107,6 +111,9 @@ def _model_settings(model: Checkpoint, base_model: str, preset: str, chosen: Pre
     if chosen.trained_layers:
         last = min(chosen.trained_layers, model.num_layers)
         settings["unfrozen_parameters"] = Setting(tail_parameters(model, last), "regular expressions; Axolotl takes a dot for a dot")
+    if SECTION in chosen.settings and (kept := ternary_keys(model)):
+        planned = chosen.settings[SECTION]
+        settings[SECTION] = Setting(planned.value | kept, f"{planned.why}; the rest as base_model was trained")
     if (longest := positions(model)) and longest < chosen.settings["sequence_len"].value:
         settings["sequence_len"] = Setting(longest, "as long as the model's positions go")
     return settings
@@ -127,15 +134,17 @@ def _adapt(settings: dict[str, Setting], model: Checkpoint, machine: Machine, pr
     for key in unfit_keys(str(config.get("model_type")), settings, machine.gpus):
         if settings[key].value is not False:
             del settings[key]
-    if not any(key.startswith("liger_") for key in settings):
-        settings.pop("plugins", None)
+    if "plugins" in settings and not any(key.startswith("liger_") for key in settings):
+        others = [name for name in settings.pop("plugins").value if name != LIGER]
+        settings |= {"plugins": Setting(others)} if others else {}
     if machine.ampere:
         return settings
     settings.pop("tf32", None)
     settings["attn_implementation"] = Setting("sdpa", "flash attention 2 needs a GPU of sm_80 or newer")
     settings["bf16"] = Setting(False)
     if machine.gpus and "adapter" not in settings:
-        raise DowncycleError(f"--preset {preset}: {machine.arch} has no bf16, and fp16 is no good for whole weights; take --preset qlora")
+        way = "take a GPU of sm_80 or newer" if SECTION in settings else "take --preset qlora"
+        raise DowncycleError(f"--preset {preset}: {machine.arch} has no bf16, and fp16 is no good for whole weights; {way}")
     if machine.gpus:
         return settings | {"fp16": Setting(True, f"{machine.arch} has no bf16")}
     for key in ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel"):
@@ -173,14 +182,17 @@ def _machine_settings(split: Fit, values: dict[str, Any], machine: Machine, ray:
 
 
 def _amount_settings(settings: Mapping[str, Setting], split: Fit, values: dict[str, Any], text: TextSource) -> dict[str, Setting]:
-    """The keys that follow how much text there is: where a stream ends, and whether what is held out fills packed batches."""
-    if "streaming" in settings:
+    """The keys that follow how much text there is: how many steps there are, and whether what is held out fills packed batches."""
+    amount, step = {}, split.batch * values["sequence_len"]
+    if steps := settings.get("max_steps"):  # those of the preset
+        amount["max_steps"] = Setting(steps.value, f"{steps.why}; {steps.value * step:,} tokens here")
+    elif "streaming" in settings:
         tokens = text.tokens or ENOUGH_TOKENS
-        return {"max_steps": Setting(max(1, tokens // (split.batch * values["sequence_len"])), f"{tokens:,} tokens; a stream has no end")}
+        amount["max_steps"] = Setting(max(1, tokens // step), f"{tokens:,} tokens; a stream has no end")
     held_out = text.held_out if text.test else (text.tokens or 0) * (values.get("val_set_size") or 0)
     if settings.get("eval_sample_packing") and (held_out or 0) < 4 * split.replicas * values["sequence_len"]:
-        return {"eval_sample_packing": Setting(False, "the held-out text might not fill packed batches")}
-    return {}
+        amount["eval_sample_packing"] = Setting(False, "the held-out text might not fill packed batches")
+    return amount
 
 
 def _override(settings: Mapping[str, Setting], overrides: Mapping[str, Any]) -> dict[str, Setting]:

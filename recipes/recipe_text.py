@@ -8,12 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..surgery.naming import format_size
+from ..surgery.naming import folder_name, format_size
+from ..surgery.ternary.warmup import USUAL
 from ..terminal import printable
 from .machine import Machine
 from .memory import GIB, Training, format_gib, kv_cache_bytes, needed_bytes, weight_bytes
 from .presets import BLOCKS, PRESETS, Setting
 from .recipe import Recipe
+from .validation.own_plugins import SECTION
+from .validation.ternary import is_ternary
 
 MARK = "# unchanged since it was written: "
 
@@ -54,9 +57,19 @@ def _head(recipe: Recipe, path: str) -> list[str]:
 def _after(recipe: Recipe) -> list[str]:
     """What comes after the training."""
     outputs, healed = str(recipe.config.get("output_dir")), recipe.base_model.rstrip("/") + "-healed"
+    if is_ternary(recipe.config):
+        on = f"To train on, with most of the published text: downcycle recipe {shlex.quote(outputs)} --preset ternary-long"
+        packs = f"  downcycle ternarize {shlex.quote(outputs)} --out {shlex.quote(_packed(recipe))}"
+        return [packs] if PRESETS[recipe.preset].goes_on else [packs, on]
     if not recipe.config.get("adapter"):
         return [f"The healed model is {outputs} then{'' if recipe.machine.gpus else ', in float32'}."]
     return [f"  downcycle merge {shlex.quote(recipe.base_model)} {shlex.quote(outputs)} --out {shlex.quote(healed)}"]
+
+
+def _packed(recipe: Recipe) -> str:
+    """The name of the packed model: the base's with -1.58, or, where that has it already, that of the training."""
+    name = recipe.base_model.rstrip("/")
+    return folder_name(str(recipe.config.get("output_dir"))) if PRESETS[recipe.preset].goes_on else f"{name}-1.58"
 
 
 def _launch(recipe: Recipe, path: str) -> list[str]:
@@ -92,16 +105,25 @@ def _batch(recipe: Recipe) -> str:
         f"Batch: {split.batch} sequences = {_processes(recipe.machine)}{shared} x {split.micro_batch} x {split.accumulation} steps "
         f"accumulated{ways}; {'' if config.get('sample_packing') else 'up to '}{tokens:,} tokens."
     )
+    ends = f" The run has {config['max_steps']:,} such steps{_lambda(config)}." if is_ternary(config) and config.get("max_steps") else ""
     if not recipe.text.tokens:
-        return line
+        return line + ends
     steps = -(-recipe.text.tokens // tokens)
     if not config.get("sample_packing"):  # each document is a sequence of its own, or more than one
         steps = max(steps, -(-(recipe.text.documents or 0) // split.batch))
-    line += f" {recipe.text.tokens:,} tokens of text: about {steps:,} step{'s' if steps > 1 else ''} an epoch."
+    line += f" {recipe.text.tokens:,} tokens of text: about {steps:,} step{'s' if steps > 1 else ''} an epoch.{ends}"
     run = config.get("max_steps") or steps * (config.get("num_epochs") or 1)
     if (config.get("warmup_steps") or 0) >= run:
         line += f" All {run} steps of this run are warm-up: set warmup_steps lower."
     return line
+
+
+def _lambda(config: dict[str, Any]) -> str:
+    """Where lambda reaches 1 too late."""
+    settings = config.get(SECTION) or {}
+    steps = settings.get("warmup_steps", USUAL["linear"])
+    late = settings.get("schedule", "linear") == "linear" and steps is not None and steps >= config["max_steps"]
+    return f", in which lambda does not reach 1: set {SECTION}.warmup_steps lower" if late else ""
 
 
 def _processes(machine: Machine) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 
 from ..surgery.errors import DowncycleError
 from .dataset.source import REPORT
-from .presets import FINEWEB_1B
+from .presets import FINEWEB_1B, FINEWEB_EDU_10B
 
-COUNTED = {FINEWEB_1B: 1_000_000_000}  # training tokens of Hub data sets, as their cards say
+COUNTED = {FINEWEB_1B: 1_000_000_000, FINEWEB_EDU_10B: 10_000_000_000}  # training tokens of Hub data sets, as their cards say
 FILE_KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".arrow": "arrow"}
 
 

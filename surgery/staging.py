@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import DowncycleError
+from .errors import DowncycleError, UnsuitableError
 
 MARK = "plan.sha256"
 
@@ -67,7 +67,7 @@ def staging_folder(out: Path, digest: str, has_work: Callable[[Path], bool], res
         yield staging
     except (OSError, DowncycleError) as error:
         text = str(error) if isinstance(error, DowncycleError) else f"{out.name} is not complete: {what_failed(error)}."
-        if has_work(staging):
+        if has_work(staging) and not isinstance(error, UnsuitableError):
             text = f"{text.removesuffix('.')}. What is done stays in {staging}; {resume} goes on from there."
         else:
             shutil.rmtree(staging, ignore_errors=True)

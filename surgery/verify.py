@@ -93,20 +93,44 @@ def rebuild(
     return take_fitted(_replay(made.lineage, made.name, src, adapter, trust_remote_code), made)
 
 
+def parent_of(made: Checkpoint, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Return the value that the last operation on a checkpoint took, by its downcycle.json: opened, or made again where it was not written.
+
+    Raises:
+        DowncycleError: it was not made here, or its parent is gone or another one now.
+    """
+    _own(made.lineage, made.name)
+    return _find_parent(made.lineage, made.name, None, trust_remote_code)
+
+
 def _replay(lineage: Any, name: str, src: str | Path | None, adapter: str | Path | None, trust_remote_code: bool) -> Checkpoint:
     """Do again what one link of the chain says."""
-    operation = lineage.get("operation", CUT) if isinstance(lineage, dict) else None
+    operation, own = _own(lineage, name)
+    parent = _find_parent(lineage, name, src, trust_remote_code)
+    if operation == TERNARY:
+        return _convert_again(parent, name, *own)
+    return keep_layers(parent, *own) if operation == CUT else _merge_again(parent, name, adapter, *own)
+
+
+def _own(lineage: Any, name: str) -> tuple[str, list[Any]]:
+    """Return which operation a link is of, and what it says of that one; refuse what is no link."""
+    operation = lineage.get("operation", CUT) if isinstance(lineage, Mapping) else None
     if not isinstance(operation, str) or operation not in OWN:
         raise DowncycleError(
             f"{name}/{LINEAGE}: speaks of {str(operation)[:40]!r}, which is not known here; it was changed, or is a newer version's"
         )
     try:
         own = [lineage[key] for key in OWN[operation]]
-        parent_name, fingerprint, _ = (lineage[key] for key in ("parent", "fingerprint", "revision"))
+        parent_name, *_ = (lineage[key] for key in ("parent", "fingerprint", "revision"))
     except KeyError as error:
         raise DowncycleError(f"{name}/{LINEAGE}: lacks {error}; it was changed, or is another version's") from error
     if not isinstance(parent_name, str) or operation == CUT and not _are_layers(own[0]):
         raise DowncycleError(f"{name}/{LINEAGE}: names no parent or no list of layers; it was changed")
+    return operation, own
+
+
+def _find_parent(lineage: Mapping[str, Any], name: str, src: str | Path | None, trust_remote_code: bool) -> Checkpoint:
+    """Open what an operation was done on, or make it again where it was never written, or is gone."""
     parent, fault, before = None, None, lineage.get("parent_lineage")
     try:
         parent = _open_parent(lineage, name, src, trust_remote_code)
@@ -115,17 +139,15 @@ def _replay(lineage: Any, name: str, src: str | Path | None, adapter: str | Path
     if before and (parent is None or parent.lineage != before):  # it was never written, or is gone: it can be made as it was made
         with suppress(DowncycleError):
             if fitted_digests(before):
-                raise DowncycleError(f"{parent_name}: holds weights that were fitted, and cannot be made again without it")
+                raise DowncycleError(f"{lineage['parent']}: holds weights that were fitted, and cannot be made again without it")
             made = _replay(before, name, src, None, trust_remote_code)
-            parent = replace(made, name=parent_name) if made.fingerprint == fingerprint else parent
+            parent = replace(made, name=lineage["parent"]) if made.fingerprint == lineage["fingerprint"] else parent
     if parent is None:
         raise fault or AssertionError
-    if operation == TERNARY:
-        return _convert_again(parent, name, *own)
-    return keep_layers(parent, *own) if operation == CUT else _merge_again(parent, name, adapter, *own)
+    return parent
 
 
-def _open_parent(lineage: dict[str, Any], name: str, src: str | Path | None, trust_remote_code: bool) -> Checkpoint:
+def _open_parent(lineage: Mapping[str, Any], name: str, src: str | Path | None, trust_remote_code: bool) -> Checkpoint:
     parent_name, revision = lineage["parent"], lineage["revision"]
     where: str | Path = parent_name if revision or parent_name == DEMO else Path(parent_name)  # a folder is never looked for on the Hub
     if src is not None and str(src) != parent_name:

@@ -151,7 +151,11 @@ WITH_PLUGINS: dict[str, tuple[dict[str, Any], int, str]] = {
         "sm_80",
     ),
     "foreign plugin": (BASE | {"plugins": ["mypackage.plugins.Mine"], "my_key": 3}, 1, "sm_80"),
-    "own plugin": (BASE | {"plugins": ["downcycle.recipes.plugins.Any"], "downcycle_anything": 1}, 1, "sm_80"),
+    "own plugin": (
+        BASE | {"plugins": ["downcycle.recipes.plugins.TernaryPlugin"], "downcycle_ternary": {"warmup_steps": 9, "norm": True}},
+        1,
+        "sm_80",
+    ),
 }
 
 

@@ -19,7 +19,9 @@ from ...surgery.errors import DowncycleError
 from ...surgery.filenames import ADAPTER_CONFIG, INDEX, LINEAGE, SINGLE, is_licence_text
 from ...surgery.lineage import MERGE
 from ...surgery.quantizer import packed_by
-from ..origin import HEALED, Origin, adapter_folder, origin_of, training_folder
+from ...surgery.ternary.record import Record, read_record
+from ...surgery.weights import num_parameters
+from ..origin import Origin, adapter_folder, converted_folder, origin_of, training_folder
 from ..report.compare import check_finite
 from ..results import ModelResult, Results
 from .licences import Licence, base_models, known_licence, licence_in_card, licence_in_text, licence_of_id
@@ -66,8 +68,13 @@ class Facts:
 
     @property
     def is_healed(self) -> bool:
-        """Whether it was trained after all cuts: something was merged into it, or its own folder holds a training's log."""
-        return self.origin.role == HEALED or self.training is not None
+        """Whether it was trained: something was merged into it, its config or its own folder says so, or that of its float weights."""
+        return self.origin.is_healed or self.training is not None or self.record is not None
+
+    @property
+    def record(self) -> Record | None:
+        """What its config says of how it learnt ternary weights."""
+        return read_record(self.config, self.name)
 
     @property
     def licences(self) -> tuple[Licence, ...]:
@@ -91,24 +98,26 @@ def gather(checkpoint: Checkpoint, name: str, folder: Path | None, own_card: Map
     """
     origin = _origin(checkpoint)
     training = _training(checkpoint, origin, folder)
-    base = _trained_base(training, folder) if training and not origin.steps else None
-    if base is not None:
-        origin, made = _origin(base), base.lineage
-        near = read_parent(base.name, base.revision, ask=ask)
-        parents = (near, *read_parents(origin, list(open_sources(base)), ask=ask, near=Path()))
-    else:
-        made = checkpoint.lineage
-        near_by = folder.parent if folder else Path()
-        parents = read_parents(origin, list(open_sources(checkpoint)), ask=ask, near=near_by)
-        if not origin.steps and training and (named := training.config.get("base_model")) and isinstance(named, str):
-            parents = (read_named(named, base_models(own_card), ask=ask, near=near_by),)
+    near_by = folder.parent if folder else Path()
+    parents = read_parents(origin, list(open_sources(checkpoint)), ask=ask, near=near_by)
+    trained = converted_folder(origin.steps[0]) if origin.steps else folder  # where it was saved by the trainer, if that trained all of it
+    made = checkpoint.lineage
+    if training and (trained or not origin.steps):
+        base, named = _trained_base(training, trained), training.config.get("base_model")
+        if base is not None:
+            made, before = made or base.lineage, _origin(base)
+            near = read_parent(base.name, base.revision, ask=ask)
+            parents = (*parents, near, *read_parents(before, list(open_sources(base)), ask=ask, near=Path()))
+            origin = origin.after(before)
+        elif isinstance(named, str) and named:
+            parents = (*parents, read_named(named, base_models(own_card), ask=ask, near=near_by))
     return Facts(
         name=name,
         config=checkpoint.config,
         origin=origin,
         parents=parents,
         layers=checkpoint.num_layers,
-        parameters=checkpoint.num_elements,
+        parameters=num_parameters(checkpoint),
         nbytes=checkpoint.nbytes,
         dtype=_dtype(checkpoint),
         licence=_licence(_legal_texts(checkpoint), own_card, parents),

@@ -17,6 +17,7 @@ from .facts import Facts
 from .front_matter import INDEX
 from .licences import known_licence
 from .redact import is_path, name_of, scrub
+from .ternary_text import is_converted
 from .training_record import HUB_ID
 
 RELATION = "finetune"  # of the Hub's four (adapter, merge, quantized, finetune) the one for other weights made from one parent's
@@ -142,6 +143,8 @@ def _tags(facts: Facts) -> list[str]:
         tags += ["downcycle"]
     if facts.is_cut or facts.adapter is not None and facts.origin.kept is not None:
         tags += ["depth-pruning"]
+    if is_converted(facts):
+        tags += ["bitnet"]
     known = known_licence(facts.licence)
     if known and known.key in LLAMA_TAGS:
         tags += ["llama", LLAMA_TAGS[known.key]]

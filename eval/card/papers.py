@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .facts import Facts
+from .ternary_text import is_converted
 
 
 def _arxiv(key: str, title: str, authors: str, number: str) -> str:
@@ -73,6 +74,8 @@ RSLORA = _arxiv(
     "kalajdzievski2023rslora", "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", "Damjan Kalajdzievski", "2312.03732"
 )
 
+BITNET = _arxiv("ma2024bitnet", "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits", "Shuming Ma and others", "2402.17764")
+
 
 def software(release: str) -> str:
     """Cite this package."""
@@ -90,4 +93,6 @@ def papers(facts: Facts) -> list[str]:
     cited += {"qlora": [QLORA], "lora": [LORA]}.get(str(config.get("adapter")), [])
     if config.get("peft_use_rslora") is True:
         cited.append(RSLORA)
+    if is_converted(facts):
+        cited.append(BITNET)
     return cited

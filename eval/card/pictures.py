@@ -11,9 +11,10 @@ from ..results import Results
 from .evaluation_text import BARS_PICTURE
 from .facts import Facts, describe_result
 from .sections import LAYERS_PICTURE
+from .ternary_text import TERNARY_PICTURE
 from .training_text import LOSS_PICTURE
 
-PICTURES = (LAYERS_PICTURE, LOSS_PICTURE, BARS_PICTURE)
+PICTURES = (LAYERS_PICTURE, LOSS_PICTURE, BARS_PICTURE, TERNARY_PICTURE)
 
 
 def draw_pictures(facts: Facts, folder: Path) -> list[str]:
@@ -21,13 +22,14 @@ def draw_pictures(facts: Facts, folder: Path) -> list[str]:
     if importlib.util.find_spec("matplotlib") is None:
         return []
     from ..report.drawing import save_png
-    from ..report.figures import benchmark_bars, layer_map, loss_curve
+    from ..report.figures import benchmark_bars, layer_map, loss_curve, ternary_figure
 
     alone = describe_result(facts)
     drawn = {
         LAYERS_PICTURE: layer_map(Results((alone,))) if facts.is_cut else None,
         LOSS_PICTURE: loss_curve(Results((alone,))) if alone.training else None,
         BARS_PICTURE: benchmark_bars(facts.results) if facts.results and facts.measured else None,
+        TERNARY_PICTURE: ternary_figure(Results((facts.measured,))) if facts.measured else None,
     }
     done = []
     for path, figure in drawn.items():

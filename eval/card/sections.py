@@ -13,6 +13,7 @@ from ...surgery.choose import format_layers
 from ...surgery.filenames import LINEAGE, is_licence_text
 from ...surgery.lineage import MERGE, TERNARY
 from ...surgery.quantizer import packed_by
+from ...surgery.weights import is_ternary
 from ...terminal import format_bytes, layer_map
 from ..origin import Step
 from ..report.compare import score_rows
@@ -24,6 +25,7 @@ from .metadata import pipeline_tag
 from .papers import papers, software
 from .parents import Parent
 from .redact import name_of, scrub
+from .ternary_text import CONVERT, RUN, is_converted, learnt, limitation, state, weights
 from .training_text import eval_losses, texts_in_words
 from .wording import bullets, model_link, paragraphs, plain
 
@@ -42,13 +44,17 @@ def making(facts: Facts) -> str:
     """Say what was done to the parent, step by step, and draw which layers are left."""
     if not facts.origin.steps:
         return ""
-    lines = [f"{place}. {_step(step, facts)}" for place, step in enumerate(facts.origin.steps, 1)]
-    if facts.adapter is None and not any(step.operation == MERGE for step in facts.origin.steps) and facts.training:
-        lines.append(f"{len(lines) + 1}. **Train** what was left, as described below.")
+    steps: list[str] = []
+    for step in facts.origin.steps:
+        steps += [learnt(facts)] if step.operation == TERNARY and learnt(facts) else []
+        steps.append(_step(step, facts))
+    if facts.adapter is None and not facts.origin.is_healed and facts.training and not is_converted(facts):
+        steps.append("**Train** what was left, as described below.")
+    lines = [f"{place}. {step}" for place, step in enumerate(steps, 1)]
     made = ""
     if facts.made_with and LINEAGE in facts.files:
         made = f"Made with downcycle {plain(facts.made_with)}. `{LINEAGE}` holds what is needed to make it again."
-    return paragraphs(["## How it was made", "\n".join(lines), _layer_map(facts), made])
+    return paragraphs(["## How it was made", "\n".join(lines), _layer_map(facts), weights(facts), made])
 
 
 def use(facts: Facts) -> str:
@@ -74,13 +80,13 @@ def use(facts: Facts) -> str:
         lines += ['inputs = tokenizer("The best thing about a small model is", return_tensors="pt")']
         lines += ['output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=50)']
         lines += ["print(tokenizer.decode(output[0], skip_special_tokens=True))"]
-    return paragraphs(["## How to use it", "```python\n" + "\n".join(lines) + "\n```"])
+    return paragraphs(["## How to use it", "```python\n" + "\n".join(lines) + "\n```", RUN if is_ternary(facts.config) else ""])
 
 
 def limitations(facts: Facts) -> str:
     """Say what is true of every model whose layers were dropped, and what the known facts add."""
     parent = _named(facts.parent) if facts.parent else "its parent"
-    lines = []
+    lines = limitation(facts)
     if facts.origin.kept is not None:
         if not facts.is_healed:
             lines.append("**It was not trained after the cut.** Expect broken text: layers read what they were never trained on.")
@@ -140,20 +146,24 @@ def _what(facts: Facts) -> str:
     if parent is None:
         return f"{name} is a model of {size}."
     if kept is None:
-        return f"{name} is {_named(parent)}, trained further: {size}."
+        how = " with ternary weights" if is_converted(facts) else ", trained further"
+        return f"{name} is {_named(parent)}{how}: {size}."
     if len(set(kept)) < len(kept):
         return f"{name} is made of the decoder layers of {_named(parent)}, {len(kept)} of them where that has {depth}: {_size(facts)}."
     return f"{name} is {_named(parent)} with {len(kept)} of its {depth} decoder layers: {_size(facts)}."
 
 
 def _size(facts: Facts) -> str:
-    if packed_by(facts.config):
+    if packed_by(facts.config) and not is_ternary(facts.config):
         return f"{format_bytes(facts.nbytes)} of packed weights"
-    return f"{write_count(facts.parameters).replace(' ', '')} parameters ({facts.parameters:,})"
+    packed = f"; packed in {format_bytes(facts.nbytes)}" if is_ternary(facts.config) else ""
+    return f"{write_count(facts.parameters).replace(' ', '')} parameters ({facts.parameters:,}{packed})"
 
 
 def _state(facts: Facts) -> str:
     """Say whether it was healed, and on what, with the losses that tell how well."""
+    if is_converted(facts):
+        return state(facts)
     if facts.origin.kept is None or facts.adapter is not None:
         return ""
     if not facts.is_healed:
@@ -173,12 +183,10 @@ def _step(step: Step, facts: Facts) -> str:
         ranked = f" of rank {rank}" if isinstance(rank, int) else ""
         name = step.adapter if step.adapter_revision else name_of(step.adapter)
         merged = model_link(step.adapter if step.adapter_revision else None, name)
-        return f"**Merge** the adapter {merged}{ranked}, trained as described below: each weight W became W + BA, rounded once."
+        described = "" if learnt(facts) else ", trained as described below"
+        return f"**Merge** the adapter {merged}{ranked}{described}: each weight W became W + BA, rounded once."
     if step.operation == TERNARY:
-        return (
-            "**Convert** the linear maps of its decoder layers to ternary weights (BitNet b1.58, arXiv 2402.17764): each weight is -s, 0 "
-            "or s, where s is the mean absolute weight of its matrix. Stored in 2 bits, and run with 8-bit activations."
-        )
+        return CONVERT
     source = next((parent for parent in facts.parents if parent.hub_id == step.parent or parent.name == name_of(step.parent)), None)
     named = _named(source) if source else _named(facts.parent) if step == facts.origin.steps[0] and facts.parent else ""
     revision = f" (revision `{step.revision[:12]}`)" if step.revision else ""

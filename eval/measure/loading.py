@@ -26,6 +26,7 @@ from ...surgery.model import TORCH_DTYPES, load_model
 from ...surgery.quantizer import packed_by
 from ..content import cache_folder
 from .memory import free_memory, peak_memory, start_peak
+from .uncompiled import run_uncompiled, uncompiled
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,9 @@ def load(
     import torch
 
     held = start_peak(place)
-    model = _load(checkpoint, how, options)
+    with uncompiled(checkpoint, place):
+        model = _load(checkpoint, how, options)
+    run_uncompiled(model, checkpoint, place)
     peak = peak_memory(place) - held
     return Loaded(model, tokenizer, torch.device(place), how, checkpoint, held, peak)
 
@@ -262,8 +265,6 @@ def load_options(checkpoint: Checkpoint, how: str, device: str, trust_remote_cod
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    if packed_by(checkpoint.config) == "bitnet" and device == "cpu":
-        torch.compiler.set_stance("force_eager")  # its unpacking is compiled, which needs a C++ compiler and is slower on a CPU
     if checkpoint.config.get("auto_map") and not is_native(checkpoint.config):
         options["trust_remote_code"] = trust_remote_code
     return options

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ...recipes.commands import RECIPE
+from ...recipes.presets import RECIPE, RECIPES
 from ...surgery.filenames import PICKLES, leads_out
 from ..secrets import is_secret_name
 
@@ -94,8 +94,8 @@ def _judge(path: str, entry: os.DirEntry[str], root: Path) -> tuple[str, str]:
         return "", refused
     if why := _by_name(entry.name, FOLDERS if is_folder else FILES) or "hidden" * entry.name.startswith("."):
         return why, ""
-    if path == RECIPE:
-        return "recipe; --include-recipe takes it along", ""
+    if path in RECIPES:
+        return "recipe; --include-recipe takes it along" if path == RECIPE else "recipe", ""
     if is_folder:
         return "", ""
     if not entry.is_file():

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from ...surgery.errors import DowncycleError
 from ...terminal import printable
-from ..origin import CUT_ONLY, HEALED, PARENT, UNKNOWN
+from ..origin import CUT_ONLY, HEALED, PARENT, TERNARY, UNKNOWN
 from ..results import Logged, ModelResult, Perplexity, Results, Score, Speed, retained
 
 Key = TypeVar("Key", bound=Hashable)
@@ -151,7 +151,7 @@ def recovered(results: Results, index: int) -> float | None:
 def likely_parent(results: Results) -> int | None:
     """Return which model has as many layers as the one that the first was cut from, and was not made here; None where none has."""
     first = results.baseline
-    if first.role not in (CUT_ONLY, HEALED) or first.depth is None:
+    if first.role not in (CUT_ONLY, HEALED, TERNARY) or first.depth is None:
         return None
     found = (i for i, model in enumerate(results.models) if model.role in (PARENT, UNKNOWN) and model.layers == first.depth)
     return next(found, None)

@@ -18,6 +18,7 @@ from .compare import ScoreRow, TextRow, labels, score_rows, text_rows
 from .drawing import INK, SMALL, WIDE, add_axes, add_legend, colour_of, legend_height, new_sheet, plain_style, shorten, write_on
 from .loss_curve import loss_curve
 from .numbers import join_words, write_count, write_figure, write_score, write_share
+from .ternary_weights import ternary_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -180,4 +181,5 @@ FIGURES: dict[str, Callable[[Results, float], Figure | None]] = {
     "perplexity": perplexity_bars,
     "loss": loss_curve,
     "speed": size_and_speed,
+    "ternary": ternary_figure,
 }

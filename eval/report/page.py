@@ -20,6 +20,7 @@ from .figures import FIGURES
 from .markup import fill_page, section
 from .sections import benchmarks_table, loss_tables, measured_how, perplexity_tables, speed_table, summary_table
 from .summary import summarise, title_of
+from .ternary_weights import ternary_tables
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +36,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Results], str]]] = [
     ("perplexity", "Perplexity", "perplexity", perplexity_tables),
     ("healing", "Healing", "loss", loss_tables),
     ("speed", "Size and speed", "speed", speed_table),
+    ("ternary", "Ternary weights", "ternary", ternary_tables),
     ("method", "How it was measured", "", measured_how),
 ]
 

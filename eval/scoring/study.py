@@ -24,6 +24,7 @@ from ..content import cache_folder
 from ..machine import release_of
 from ..measure.loading import WORKING, fetch, load_options
 from ..measure.memory import free_memory
+from ..measure.uncompiled import uncompiled
 
 NUMBERS = {"cpu": 1 << 23, "cuda": 1 << 28}  # that a batch makes of the widest matrix of a layer
 TOKENS = 8192  # in a batch at most; more at once is no faster
@@ -100,7 +101,8 @@ class Study:
             except BlockingIOError:
                 self.progress("waiting for another run that measures the same", 0, 0)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            with uncompiled(self.checkpoint, self.device):
+                yield
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command goes on from where it was") from None
         finally:

@@ -17,6 +17,7 @@ from .hardware import hardware_faults
 from .keys import plugins_of
 from .names import modern, nearest
 from .sharding import sharding_faults
+from .ternary import ternary_faults
 
 Config = dict[str, Any]
 Rule = Callable[[Config], Iterator[str]]
@@ -98,7 +99,7 @@ def conflicts(config: Config, gpus: int = 1, arch: str = "sm_80") -> list[str]:
         _adapter_limits,
         data_faults,
     )
-    faults = [fault for rule in (*rules, _schedule, _precision, _losses, _output) for fault in rule(config)]
+    faults = [fault for rule in (*rules, _schedule, _precision, _losses, _output, ternary_faults) for fault in rule(config)]
     return list(dict.fromkeys([*faults, *sharding_faults(config, gpus), *hardware_faults(config, gpus, arch)]))
 
 

@@ -10,10 +10,11 @@ from difflib import get_close_matches
 from typing import Any
 
 from .axolotl_schema import load_keys
-from .names import doubled, key_hint, nearest, old_name
+from .names import SLIP, doubled, key_hint, nearest, old_name
+from .own_plugins import OWN
 from .values import resolved, value_faults
 
-OWN_PLUGINS = "downcycle.recipes.plugins"
+OURS = "downcycle."  # how the names of this package's plugins begin
 
 
 def check_keys(config: dict[str, Any]) -> list[str]:
@@ -50,8 +51,8 @@ def plugins_of(config: dict[str, Any]) -> list[str]:
 
 
 def other_plugins(config: dict[str, Any]) -> list[str]:
-    """Those of them that do not come with Axolotl."""
-    return [name for name in plugins_of(config) if not name.startswith("axolotl.")]
+    """Those of them that come neither with Axolotl nor with downcycle."""
+    return [name for name in plugins_of(config) if not name.startswith(("axolotl.", OURS))]
 
 
 def _plugin_faults(config: dict[str, Any]) -> Iterator[str]:
@@ -64,6 +65,8 @@ def _plugin_faults(config: dict[str, Any]) -> Iterator[str]:
             yield f"plugins: {name} is no dotted path of a class, like package.module.Class"
         elif full.startswith("axolotl."):
             yield f"plugins: Axolotl has no plugin {name}{nearest(name, keys['plugins'], 0.5)}"
+        elif full.startswith(OURS) and full not in OWN:
+            yield f"plugins: downcycle has no plugin {name}{nearest(name, OWN, 0.5)}"
 
 
 def _full_name(plugin: str) -> str:
@@ -74,23 +77,24 @@ def _full_name(plugin: str) -> str:
 
 def _foreign(config: dict[str, Any]) -> bool:
     known = load_keys()["plugins"]
-    return any(_full_name(name) not in known and not name.startswith("downcycle.") for name in plugins_of(config))
+    return any(_full_name(name) not in known and not name.startswith(OURS) for name in plugins_of(config))
 
 
 def _schemas_of_plugins(config: dict[str, Any]) -> list[dict[str, Any]]:
     keys = load_keys()
     models = [keys["plugins"].get(_full_name(name)) for name in plugins_of(config)]
-    return [keys["models"][model]["properties"] for model in models if model]
+    ours = [OWN[name] for name in plugins_of(config) if name in OWN]
+    return ours + [keys["models"][model]["properties"] for model in models if model]
 
 
 def _stranger(config: dict[str, Any], key: str, known: dict[str, Any]) -> Iterator[str]:
     keys = load_keys()
     owners = [plugin for plugin, model in keys["plugins"].items() if model and key in keys["models"][model]["properties"]]
+    owners += [plugin for plugin, properties in OWN.items() if key in properties]
     if owners:
         yield f"{key}: needs plugin {min(owners, key=len)} under plugins"
     elif key.startswith("downcycle_"):
-        if not any(name.startswith("downcycle.") for name in plugins_of(config)):
-            yield f"{key}: needs plugin {OWN_PLUGINS} under plugins"
+        yield f"{key}: downcycle has no such key{nearest(key, [name for properties in OWN.values() for name in properties], SLIP)}"
     elif not _foreign(config) or get_close_matches(key, known, 1, 0.9):
         yield f"{key}: Axolotl has no such key and would drop it silently{key_hint(key, known)}"
 

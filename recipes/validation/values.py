@@ -136,7 +136,8 @@ def _member_faults(key: str, value: Any, parts: dict[str, Any], path: str) -> li
         return old_name(key, value, f"{path}.") or value_faults(value, parts[key], f"{path}.{key}")
     meant = MEANT.get((place, key))
     hint = f"; did you mean {meant}?" if meant else nearest(key, parts, SLIP)
-    return [f"{path}.{key}: Axolotl has no such key here and would drop it silently{hint}"]
+    said = "there is no such key here" if path.startswith("downcycle_") else "Axolotl has no such key here and would drop it silently"
+    return [f"{path}.{key}: {said}{hint}"]
 
 
 def _texts_for_numbers(value: Any, path: str) -> Iterator[str]:

@@ -7,6 +7,8 @@ Forward, with x the input and W the weight, both as floating-point numbers that 
 Q(W) = s clamp(round(W / s), -1, 1) with s = mean |W| over the whole matrix, and Q8(x) rounds each token to 8 bits by its largest absolute
 value. Gradients pass straight through both roundings (Bengio et al., arXiv 1308.3432). lambda goes from 0 to 1 while training
 (huggingface.co/blog/1_58_llm_extreme_quantization): at 0 this is nn.Linear, bit for bit, at 1 it is BitNet.
+
+Where a norm is wanted too, x is what an RMSNorm of its own makes of the input, at every lambda: transformers' `use_rms_norm`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.nn.functional import linear
 
 SMALLEST = 1e-5  # that a scale may be
 LEVELS = 127  # of an activation's absolute value; its codes are -128 to 127
+EPSILON = 1e-6  # of the norm, as transformers has where a config says nothing
 
 
 def weight_scale(weight: Tensor) -> Tensor:
@@ -59,6 +62,20 @@ class _Blend(torch.autograd.Function):
         return gradients[0], None, None
 
 
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) times a weight for each of the inputs, computed in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, inputs: int, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(inputs, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., inputs] -> [..., inputs]: rounded to the input's dtype before the weight comes, as transformers' LlamaRMSNorm does."""
+        value = input.float()
+        value = value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + EPSILON)
+        return self.weight * value.to(input.dtype)
+
+
 class BitLinear(nn.Linear):
     """nn.Linear with the forward above. strength: lambda, a float32 number that is not saved with the model.
 
@@ -66,16 +83,22 @@ class BitLinear(nn.Linear):
     """
 
     strength: Tensor
+    rms_norm: RMSNorm | None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
+        if self.rms_norm is not None:
+            input = self.rms_norm(input)
         weight = _Blend.apply(self.weight, round_weight, self.strength)
         return linear(_Blend.apply(input, round_input, self.strength), weight, self.bias)
 
 
-def convert(module: nn.Linear) -> None:
-    """Make a BitLinear of an nn.Linear, in place; lambda is 0."""
-    module.register_buffer("strength", torch.zeros((), device=module.weight.device), persistent=False)
+def convert(module: nn.Linear, *, norm: bool = False) -> None:
+    """Make a BitLinear of an nn.Linear, in place; lambda is 0. norm: with a norm before it, of weight 1."""
+    weight = module.weight
+    device = torch.device("cpu") if weight.is_meta else weight.device  # weights may come later, from another process; lambda does not
+    module.register_buffer("strength", torch.zeros((), device=device), persistent=False)
+    module.register_module("rms_norm", RMSNorm(module.in_features, weight.device, weight.dtype) if norm else None)
     module.__class__ = BitLinear
 
 

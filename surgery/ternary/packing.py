@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from threading import Lock
@@ -16,42 +16,60 @@ from typing import TYPE_CHECKING
 
 from ..adapter.lowrank import BLOCK, pieces, spans
 from ..checkpoint import Tensor
-from ..errors import DowncycleError
+from ..errors import UnsuitableError
+from .tally import Counted, Tally
 
 if TYPE_CHECKING:
     import torch
 
 FOUR = 4  # weights in a byte
 
+Tell = Callable[[str, Tally], object]  # is told a tensor's name and what its weights became
+
 
 @dataclass
 class Scale:
-    """s = mean |W| of a matrix, at least 1e-5: computed once, when it is first asked for."""
+    """s = mean |W| of a matrix, at least 1e-5, and the sum of the squares of W: computed once, when one is first asked for."""
 
     weight: Tensor
     name: str
-    _value: float | None = None
+    _sums: tuple[float, float] | None = None
     _lock: Lock = field(default_factory=Lock)
 
     def value(self) -> float:
         """Return s, summed in float64 and rounded once to float32.
 
         Raises:
-            DowncycleError: a weight is NaN or infinite.
+            UnsuitableError: a weight is NaN or infinite.
         """
+        return self._both()[0]
+
+    def squares(self) -> float:
+        """Return |W|^2, summed in float64."""
+        return self._both()[1]
+
+    def _both(self) -> tuple[float, float]:
         from .bitlinear import SMALLEST
 
         with self._lock:
-            if self._value is None:
-                total = sum(float(block.abs().double().sum()) for block in _blocks(self.weight))
+            if self._sums is None:
+                total = squares = 0.0
+                for block in _blocks(self.weight):
+                    sizes = block.abs().double()
+                    total, squares = total + float(sizes.sum()), squares + float(sizes.dot(sizes))
                 if not math.isfinite(total):
-                    raise DowncycleError(f"{self.name}: holds NaN or infinity; the training that made it failed, or the file is damaged")
-                (self._value,) = struct.unpack("<f", struct.pack("<f", max(total / prod(self.weight.shape), SMALLEST)))
-        return self._value
+                    raise UnsuitableError(f"{self.name}: holds NaN or infinity; the training that made it failed, or the file is damaged")
+                (value,) = struct.unpack("<f", struct.pack("<f", max(total / prod(self.weight.shape), SMALLEST)))
+                self._sums = value, squares
+        return self._sums
 
 
-def packed(scale: Scale) -> Tensor:
-    """Return a matrix [outputs, inputs] as uint8 [outputs / 4, inputs]."""
+def packed(scale: Scale, tell: Tell | None = None) -> Tensor:
+    """Return a matrix [outputs, inputs] as uint8 [outputs / 4, inputs].
+
+    Args:
+        tell: is told the matrix's name and the tally of its weights, once all of them are packed.
+    """
     weight = scale.weight
     rows, columns = weight.shape
 
@@ -60,11 +78,16 @@ def packed(scale: Scale) -> Tensor:
 
         quarter = rows // FOUR * columns
         codes, done = torch.zeros(quarter, dtype=torch.uint8), 0
-        for block in ternary_blocks(scale):
-            for some in _split(block, quarter, done):
+        counted = Counted(scale.value())
+        for values, block in _rounded(scale):
+            if tell:
+                counted.add(values, block)
+            for some in _split(block.add_(1).to(torch.uint8), quarter, done):
                 place = done % quarter
                 codes[place : place + len(some)] |= some << (2 * (done // quarter))
                 done += len(some)
+        if tell:
+            tell(scale.name, counted.tally(scale.squares(), weight.nbytes))
         yield from (bytes(piece.numpy().data) for piece in codes.split(BLOCK))
 
     return Tensor("U8", (rows // FOUR, columns), chunks, spans(weight))
@@ -84,9 +107,15 @@ def ternary_blocks(scale: Scale) -> Iterator[torch.Tensor]:
     """Yield clamp(round(W / s), -1, 1) + 1, uint8, flat, a block at a time."""
     import torch
 
+    for _, codes in _rounded(scale):
+        yield codes.add_(1).to(torch.uint8)
+
+
+def _rounded(scale: Scale) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield W and clamp(round(W / s), -1, 1), both float32, flat, a block at a time."""
     value = scale.value()
     for block in _blocks(scale.weight):
-        yield block.float().div_(value).round_().clamp_(-1, 1).add_(1).to(torch.uint8)
+        yield (values := block.float()), values.div(value).round_().clamp_(-1, 1)
 
 
 def _blocks(weight: Tensor) -> Iterator[torch.Tensor]:

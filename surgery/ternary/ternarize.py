@@ -1,12 +1,14 @@
 """Make a packed ternary checkpoint of one with floating-point weights, as a value: 2 bits a weight, which stock transformers loads.
 
 Each linear map that a rule takes becomes codes (`packing`) and a scale. The model keeps its class; config.json says how to read it.
+A norm of its own before each map (`rms_norm`), if it was trained with one, is copied, as transformers' classes have it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..adapter.lowrank import FLOATS
 from ..checkpoint import Checkpoint, Tensor
@@ -14,21 +16,26 @@ from ..errors import DowncycleError
 from ..families import CONV1D
 from ..lineage import TERNARY, descend
 from ..quantizer import packed_by
-from .packing import FOUR, Scale, packed, scale_tensor
+from .packing import FOUR, Scale, Tell, packed, scale_tensor
+from .record import read_record
 from .rule import Rule
 
 LINEAR = ("bitlinear", "autobitlinear")  # transformers' two classes; they read the scale as 1 / s and as s
+NORM = ".rms_norm.weight"  # how the norm before a map is named, behind the map's name
+EPSILON = 1e-6  # of that norm
 
 
-def ternarize(model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None = None) -> Checkpoint:
+def ternarize(model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None = None, tell: Tell | None = None) -> Checkpoint:
     """Return the model with 2-bit weights and a scale in the place of each matrix that the rule takes.
 
     Args:
-        linear: the class of transformers that runs it. rule: which maps become ternary; all of the decoder layers, where None is given.
+        linear: the class of transformers that runs it. rule: which maps become ternary; where None is given, those that learnt to be, as
+            the config says, or all of the decoder layers.
+        tell: is told the name and the tally of each matrix, whenever it is packed.
     Raises:
-        DowncycleError: packed already; a matrix that transformers cannot read so; none that the rule takes.
+        DowncycleError: packed already; a matrix or a norm that transformers cannot read so; none that the rule takes.
     """
-    rule = rule or Rule()
+    record, rule = read_record(model.config, model.name), rule or rule_of(model)
     if linear not in LINEAR:
         raise DowncycleError(f"--linear {linear}: no such class; choose {' or '.join(LINEAR)}")
     if quantiser := packed_by(model.config):
@@ -36,14 +43,29 @@ def ternarize(model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None
     if model.config.get("model_type") in CONV1D:
         raise DowncycleError(f"{model.name}: {model.config['model_type']} has no linear maps that transformers runs with ternary weights")
     modules = ternary_modules(model, rule)
-    tensors = {new: tensor for name, old in model.tensors.items() for new, tensor in _converted(name, old, name in modules, linear)}
+    normed = _norms(model, modules, record is not None and record.norm)
+    tensors = {new: tensor for name, old in model.tensors.items() for new, tensor in _converted(name, old, name in modules, linear, tell)}
     kept = [name.removesuffix(".weight") for name, tensor in model.tensors.items() if _is_matrix(name, tensor) and name not in modules]
     _check_kept(model, kept, modules)
-    how = {"quant_method": "bitnet", "modules_to_not_convert": sorted({"lm_head", *kept})}
+    how: dict[str, Any] = {"quant_method": "bitnet", "modules_to_not_convert": sorted({"lm_head", *kept})}
     if linear == "autobitlinear":
         how |= {"linear_class": "autobitlinear", "quantization_mode": "offline"}
+    if normed:
+        how |= {"use_rms_norm": True, "rms_norm_eps": EPSILON}
     lineage = descend(model, TERNARY, linear=linear, include=list(rule.include), exclude=list(rule.exclude))
     return replace(model, config={**model.config, "quantization_config": how}, tensors=tensors, lineage=lineage)
+
+
+def rule_of(model: Checkpoint) -> Rule:
+    """Return the rule by which a model learnt ternary weights, as its config says; that of all decoder layers where it says nothing."""
+    record = read_record(model.config, model.name)
+    return record.rule if record else Rule()
+
+
+def ternary_names(model: Checkpoint, rule: Rule) -> list[str]:
+    """Name the linear maps that a rule takes."""
+    names = (name.removesuffix(".weight") for name, tensor in model.tensors.items() if _is_matrix(name, tensor))
+    return [name for name in names if rule.takes(name)]
 
 
 def ternary_modules(model: Checkpoint, rule: Rule) -> dict[str, Tensor]:
@@ -66,12 +88,42 @@ def ternary_modules(model: Checkpoint, rule: Rule) -> dict[str, Tensor]:
     return found
 
 
-def _converted(name: str, tensor: Tensor, ternary: bool, linear: str) -> Iterator[tuple[str, Tensor]]:
+def norms(model: Checkpoint) -> dict[str, Tensor]:
+    """Return the norms that linear maps have of their own, by the names of the maps' weights."""
+    found = {f"{name.removesuffix(NORM)}.weight": tensor for name, tensor in model.tensors.items() if name.endswith(NORM)}
+    return {name: tensor for name, tensor in found.items() if name in model.tensors and _is_matrix(name, model.tensors[name])}
+
+
+def _norms(model: Checkpoint, modules: Mapping[str, Tensor], trained: bool) -> bool:
+    """Whether ternary maps have norms of their own; refuse what transformers, where all of them have one or none, would read wrongly."""
+    found = norms(model)
+    if trained and not found:
+        raise DowncycleError(f"{model.name}: by its config each ternary map has a norm (rms_norm), and there is none; fetch it again")
+    for name in found:
+        if name not in modules:
+            raise DowncycleError(
+                f"{model.name}: {name} has a norm of its own (rms_norm), which transformers loads with ternary maps only; --include it"
+            )
+    for name, weight in modules.items() if found else ():
+        if name not in found:
+            raise DowncycleError(
+                f"{model.name}: {name} has no norm of its own (rms_norm), as other ternary maps have, and transformers loads all with one "
+                "or none; leave it out with --exclude"
+            )
+        if found[name].shape != weight.shape[1:] or found[name].dtype not in FLOATS:
+            raise DowncycleError(
+                f"{model.name}: the norm of {name} holds {found[name].dtype} {list(found[name].shape)}, and its inputs are "
+                f"{weight.shape[1]}; it is damaged, fetch it again"
+            )
+    return bool(found)
+
+
+def _converted(name: str, tensor: Tensor, ternary: bool, linear: str, tell: Tell | None) -> Iterator[tuple[str, Tensor]]:
     if not ternary:
         yield name, tensor
         return
     scale = Scale(tensor, name)
-    yield name, packed(scale)
+    yield name, packed(scale, tell)
     yield f"{name}_scale", scale_tensor(scale, inverse=linear == "bitlinear")
 
 

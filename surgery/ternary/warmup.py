@@ -14,8 +14,8 @@ from ..errors import DowncycleError
 
 
 def linear(step: int, total: int, k: float) -> float:
-    """min(step / k, 1): all the way in k steps, however long the training is."""
-    return min(step / k, 1.0)
+    """min(step / k, 1): all the way in k steps, however long the training is; 1 from the first step on where k is 0."""
+    return min(step / k, 1.0) if k else 1.0
 
 
 def ramp(step: int, total: int, k: float) -> float:
@@ -44,10 +44,10 @@ USUAL = {"linear": 1000.0, "ramp": 1.0, "exponential": 4.0, "sigmoid": 100.0}  #
 
 @dataclass(frozen=True)
 class Warmup:
-    """A schedule and its k: steps for `linear`, a factor or an exponent for the others.
+    """A schedule and its k: steps for `linear`, which may be 0, a factor or an exponent for the others.
 
     Raises:
-        DowncycleError: no such schedule, or a k that is no number above 0.
+        DowncycleError: no such schedule, or a k that is none of its numbers.
     """
 
     schedule: str = "linear"
@@ -57,8 +57,10 @@ class Warmup:
         """Refuse what no schedule can use."""
         if self.schedule not in SCHEDULES:
             raise DowncycleError(f"schedule {self.schedule!r}: no such warm-up; choose {', '.join(SCHEDULES)}")
-        if self.k is not None and not (isfinite(self.k) and self.k > 0):
-            raise DowncycleError(f"k {self.k}: must be a number above 0; {self.schedule} usually has {USUAL[self.schedule]:g}")
+        none = self.schedule == "linear"  # no steps of warm-up: a training that goes on where lambda is 1
+        if self.k is not None and not (isfinite(self.k) and (self.k > 0 or (none and self.k == 0))):
+            what = "0 or a number above it" if none else "a number above 0"
+            raise DowncycleError(f"k {self.k}: must be {what}; {self.schedule} usually has {USUAL[self.schedule]:g}")
 
     def strength(self, step: int, total: int) -> float:
         """Return lambda after so many of all optimizer steps, from 0 to 1."""

@@ -91,3 +91,42 @@ def test_a_folder_that_holds_another_adapter_now_is_not_the_training(make, tmp_p
     else:
         adapter(tmp_path / "out", **change)
     assert training_folder(healed) is None
+
+
+def converted(model):
+    from downcycle.surgery.ternary.ternarize import ternarize
+
+    return ternarize(model)
+
+
+def test_what_was_made_ternary_is_called_so(make, tmp_path):
+    make(tmp_path / "m", layers=6)
+    parent = open_checkpoint(tmp_path / "m")
+    assert origin_of(converted(parent)).role == "ternary"
+    packed = converted(merged(keep_layers(parent, [0, 2, 4])))
+    assert (origin_of(packed).role, origin_of(packed).kept, origin_of(packed).is_healed) == ("ternary", (0, 2, 4), True)
+    again = origin_of(keep_layers(packed, [0, 2]))
+    assert (again.role, again.kept, [step.operation for step in again.steps]) == ("ternary", (0, 4), ["cut", "merge", "ternary", "cut"])
+    assert not origin_of(converted(keep_layers(parent, [0]))).is_healed
+
+
+def test_origins_one_after_the_other(make, tmp_path):
+    make(tmp_path / "m", layers=6)
+    parent = open_checkpoint(tmp_path / "m")
+    first, second = origin_of(keep_layers(parent, [1, 3, 5])), origin_of(keep_layers(replace(parent, lineage={}), [2, 0]))
+    both = second.after(first)
+    assert (both.kept, both.depth, both.steps) == ((5, 1), 6, (*first.steps, *second.steps))
+    assert origin_of(converted(parent)).after(first).kept == (1, 3, 5)
+    assert first.after(origin_of(parent)) == first
+
+
+def test_the_folder_of_weights_that_were_converted(make, tmp_path):
+    make(tmp_path / "trained")
+    state = tmp_path / "trained" / "checkpoint-5"
+    state.mkdir()
+    (state / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 5, "epoch": 1, "loss": 2.5}]}))
+    packed = converted(open_checkpoint(tmp_path / "trained"))
+    assert training_folder(packed) == tmp_path / "trained"
+    config = json.loads((tmp_path / "trained" / "config.json").read_text())
+    (tmp_path / "trained" / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert training_folder(packed) is None  # another training's, now

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import yaml
 
-from downcycle.recipes.configs import FILES, FOLDER, LLAMA_3_6B, config_texts, llama_shape, write_configs
+from downcycle.recipes.configs import FILES, FOLDER, LLAMA_3_6B, TRAINED, config_texts, llama_shape, write_configs
 from downcycle.recipes.machine import Machine
 from downcycle.recipes.presets import PRESETS
 from downcycle.recipes.recipe import make_recipe
@@ -42,12 +42,14 @@ def test_axolotl_finds_no_fault():
 
 def test_axolotl_finds_no_fault_in_any_preset():
     pytest.importorskip("axolotl")
-    llama = llama_shape(LLAMA_3_6B)
     jobs = []
     for preset in PRESETS:
         for machine in (Machine(0), Machine(1, 80), Machine(4, 80, arch="sm_90"), Machine(1, 80, arch="sm_75")):
-            if machine.arch != "sm_75" or preset not in ("full", "tail"):  # refused: fp16 weights cannot be trained whole
-                jobs.append((make_recipe(llama, "Llama-3-6B", preset, machine=machine).config, machine.gpus, machine.arch))
+            whole = "adapter" not in PRESETS[preset].settings
+            if (machine.arch == "sm_75" and whole) or (machine.gpus == 1 and "ternary" in preset):
+                continue  # refused: fp16 weights cannot be trained whole; float32 weights do not fit
+            model = llama_shape(LLAMA_3_6B | TRAINED if PRESETS[preset].goes_on else LLAMA_3_6B)
+            jobs.append((make_recipe(model, "Llama-3-6B", preset, machine=machine).config, machine.gpus, machine.arch))
     assert validate(jobs) == [[]] * len(jobs)
 
 

@@ -161,25 +161,71 @@ def test_activations_and_logits_against_a_measured_peak(layers, vocab, tokens):
     assert needs.activations + needs.logits > 0.95 * measured
 
 
-def measured_peak(layers: int, vocab: int, tokens: int) -> int:
-    """Bytes that one step of a frozen bf16 Llama with checkpointing allocates at its peak, by the profiler's or CUDA's count."""
+@pytest.mark.parametrize("wide", [True, False], ids=["float32 between layers", "bf16 between layers"])
+@pytest.mark.parametrize(("layers", "vocab", "tokens"), [(2, 512, 512), (8, 512, 512), (2, 512, 2048)])
+def test_ternary_activations_against_a_measured_peak(layers, vocab, tokens, wide):
+    pytest.importorskip("torch")
+    measured = measured_peak(layers, vocab, tokens, "wide" if wide else "gathered")
+    config = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": layers, "vocab_size": vocab}
+    size = model_size(llama_shape(config | {"num_attention_heads": 4, "num_key_value_heads": 1}))
+    sharded = {} if wide else {"parallel": "fsdp2", "shards": 8}
+    needs = training_bytes(size, tokens=tokens, trained=size.elements, ternary=True, **sharded)
+    assert measured == pytest.approx(needs.activations, rel=0.2)
+    plain = training_bytes(size, tokens=tokens, trained=size.elements, **sharded)
+    assert measured > 1.3 * plain.activations  # which the ternary maps alone explain
+
+
+def test_ternary_training_by_hand():
+    size = model_size(llama_shape(LLAMA_8B))
+    whole, linear = size.elements, 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336
+    plain = training_bytes(size, tokens=8192, trained=whole, fused_loss=True)
+    alone = training_bytes(size, tokens=8192, trained=whole, fused_loss=True, ternary=True)
+    assert (alone.weights, alone.gradients, alone.optimizer) == (4 * whole, 4 * whole, 8 * whole)
+    assert training_bytes(size, tokens=8192, trained=whole, ternary=True, adam_bits=8).optimizer == 2 * whole
+    assert training_bytes(size, tokens=8192, trained=whole, ternary=True, parallel="ddp", shards=8).gradients == 8 * whole
+    sharded = training_bytes(size, tokens=8192, trained=whole, ternary=True, parallel="fsdp2", shards=8)
+    gathered = 2 * (max(size.layer_elements) + size.head)  # FSDP2 gathers weights in bf16
+    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (whole / 2 + gathered, whole / 2, whole)
+    inputs = 8192 * 4 * (6 * 4096 + 14336)  # what seven maps of a layer take
+    rounded = 2 * (linear + 2 * 4096) + 4 * 4096 * 14336
+    assert sharded.activations - plain.activations == inputs + rounded
+    wider = 8192 * 4096 * (32 * 2 + 8)  # between layers, and in one, float32
+    assert alone.activations - plain.activations == inputs + rounded + wider
+    taught = training_bytes(size, tokens=8192, trained=whole, ternary=True, teacher=True)
+    untaught = training_bytes(size, tokens=8192, trained=whole, ternary=True)
+    assert (taught.weights - untaught.weights, taught.logits - untaught.logits) == (2 * whole, 8192 * 128256 * 4)
+
+
+def measured_peak(layers: int, vocab: int, tokens: int, ternary: str = "") -> int:
+    """Bytes that one step of a Llama with checkpointing allocates at its peak, by the profiler's or CUDA's count.
+
+    A frozen one in bf16, or a ternary one whose gradients are there already: `wide` with float32 weights under autocast, `gathered` with
+    weights in bf16, as FSDP2 gathers them.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 256, "intermediate_size": 896, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
     config = LlamaConfig(num_hidden_layers=layers, vocab_size=vocab, use_cache=False, **shape)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    autocast = torch.autocast(device, torch.bfloat16, enabled=ternary == "wide")
     model = LlamaForCausalLM(config).to(device, torch.bfloat16).train().requires_grad_(False)
     model.enable_input_require_grads()
+    if ternary:
+        make_ternary(model.float() if ternary == "wide" else model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     text = torch.randint(0, vocab, (1, tokens), device=device)
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        model(input_ids=text, labels=text).loss.backward()
+        with autocast:
+            loss = model(input_ids=text, labels=text).loss
+        loss.backward()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model(input_ids=text, labels=text).loss.backward()
+        with autocast:
+            loss = model(input_ids=text, labels=text).loss
+        loss.backward()
     events = sorted(
         (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns()
     )
@@ -188,3 +234,17 @@ def measured_peak(layers: int, vocab: int, tokens: int) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def make_ternary(model):
+    """Make a model's decoder ternary, and all of it trained, with gradients."""
+    import torch
+
+    from downcycle.surgery.ternary.bitlinear import convert, set_strength
+
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            convert(module)
+    set_strength(model, 1.0)
+    for parameter in model.requires_grad_(True).parameters():
+        parameter.grad = torch.zeros_like(parameter)

@@ -16,6 +16,7 @@ from downcycle.recipes.recipe import make_recipe
 from downcycle.recipes.recipe_text import is_untouched, recipe_text
 
 LLAMA = llama_shape(LLAMA_3_6B)
+TERNARY = llama_shape(LLAMA_3_6B | {"downcycle_ternary": {"schedule": "linear", "strength": 1.0, "steps": 5000}})
 PUBLISHED = {
     "load_in_4bit": True,
     "adapter": "qlora",
@@ -49,8 +50,8 @@ PUBLISHED = {
 }
 
 
-def made(preset="qlora", model=LLAMA, base="Llama-3-6B", **options):
-    return make_recipe(model, base, preset, **options)
+def made(preset="qlora", model=None, base="Llama-3-6B", **options):
+    return make_recipe(model or (TERNARY if preset == "ternary-long" else LLAMA), base, preset, **options)
 
 
 def test_the_published_run_value_for_value():
@@ -65,7 +66,11 @@ def test_the_published_run_value_for_value():
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("machine", [None, Machine(1, 80), Machine(8, 80, 2), Machine(0), Machine(1, 80, 1, "sm_75")])
 def test_what_is_written_is_what_was_made(preset, machine):
-    if machine and machine.arch == "sm_75" and preset in ("full", "tail"):
+    if machine == Machine(1, 80) and preset.startswith("ternary"):
+        with pytest.raises(DowncycleError, match="does not fit: ternary training"):
+            made(preset, machine=machine)
+        return
+    if machine and machine.arch == "sm_75" and PRESETS[preset].settings.get("adapter") is None:
         with pytest.raises(DowncycleError, match="sm_75 has no bf16"):
             made(preset, machine=machine)
         return

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from downcycle.eval.results import Logged, ModelResult, Perplexity, Results, Score, Speed
+from downcycle.eval.results import LayerWeights, Logged, ModelResult, Perplexity, Results, Score, Speed
 
 SUITE = {  # task: title, metric, shots, examples, chance
     "arc_challenge": ("ARC-challenge", "acc_norm", 25, 1172, 0.25),
@@ -56,8 +56,15 @@ def model(name, role="parent", kept=None, depth=None, layers=32, parameters=8_03
     return ModelResult(name, hash_of(name), role, layers, parameters, 2 * parameters, "bf16", "cuda", None, depth, kept, **measured)
 
 
+def ternary(layers):
+    """Ternary weights of a model whose first layer is in float and whose second came from nobody knows what."""
+    counts = ((67_000_000 + 10_000 * layer, 84_000_000 - 20_000 * layer, 67_000_000 + 10_000 * layer) for layer in range(1, layers))
+    found = [LayerWeights(layer, *three, 54_500_028, 436_000_000, 0.51 + 0.001 * layer, 90.0) for layer, three in enumerate(counts, 1)]
+    return (LayerWeights(1, *((found[0].minus, found[0].zero, found[0].plus)), 54_500_028), *found[1:])
+
+
 def llama(**changes):
-    """Parent, cut and healed, like Llama-3-6B."""
+    """Parent, cut and healed, like Llama-3-6B; the last of them packed."""
     first = tuple(range(24))
     parent = model(
         "meta-llama/Meta-Llama-3-8B",
@@ -79,6 +86,7 @@ def llama(**changes):
         perplexity=(perplexity(2.494), perplexity(2.866, text="wikitext-2", tokens=71000, size=330000)),
         speed=speed(0.78),
         training=healing(),
+        ternary=ternary(24),
     )
     versions = {"downcycle": "0.1.0", "torch": "2.13.0", "transformers": "5.16.1", "lm_eval": "0.4.11"}
     return Results((parent, cut, healed), "one NVIDIA H100, 26 CPU cores, 200 GiB", versions, "2026-11-22", **changes)
@@ -91,6 +99,7 @@ def many():
         kept = None if n == 0 else tuple(range(126 - 10 * n)) if n % 2 else tuple(range(0, 126, n))
         measured = {"scores": suite(*(0.9 - 0.09 * n for _ in SUITE), limit=100), "perplexity": (perplexity(1.2 + n),)}
         measured |= {"speed": speed(1 - n / 9), "training": healing(200 + n) if n else ()}
+        measured |= {"ternary": ternary(126)} if n in (3, 6) else {}
         name = f"someone-{n}/A-Very-Large-Language-Model-405B-pruned-by-rule-{n}-and-healed-2026-11"
         role = ("healed", kept, 126) if n else ("parent", None, None, 126)
         models.append(model(name, *role, parameters=(405 - 30 * n) * 10**9, **measured))

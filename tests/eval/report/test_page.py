@@ -14,7 +14,7 @@ from downcycle.eval.results import Logged, Results, read_results
 pytest.importorskip("matplotlib")
 from downcycle.eval.report.page import PICTURES, check_folder, page, write_report  # noqa: E402
 
-ALL = {"report.html", "results.json", "layers.png", "benchmarks.png", "perplexity.png", "loss.png", "speed.png"}
+ALL = {"report.html", "results.json", "layers.png", "benchmarks.png", "perplexity.png", "loss.png", "speed.png", "ternary.png"}
 VOID = {"meta", "link", "br"}
 
 
@@ -147,7 +147,7 @@ def test_it_says_how_it_was_measured(llama, read):
 
 
 def test_headings_and_figures(read):
-    wanted = ["Summary", "Layers", "Benchmarks", "Perplexity", "Healing", "Size and speed", "How it was measured"]
+    wanted = ["Summary", "Layers", "Benchmarks", "Perplexity", "Healing", "Size and speed", "Ternary weights", "How it was measured"]
     assert [heading for heading in read.headings if heading in wanted] == wanted
     figures = [attributes["id"] for tag, attributes in read.tags if tag == "figure"]
     assert figures == [f"figure-{name}" for name in PICTURES]

@@ -145,6 +145,62 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert torch.equal(x.grad, y.grad) and torch.equal(once.weight.grad, twice.weight.grad)
 
 
+# The norm.
+
+
+def with_norm(dtype=torch.float32):
+    """A converted map, the same one with a norm, and the norm as transformers computes it."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    _, plain = pair(dtype)
+    normed = copy.deepcopy(plain)
+    normed.__class__ = nn.Linear
+    convert(normed, norm=True)
+    theirs = LlamaRMSNorm(48, eps=1e-6).to(dtype)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.linspace(0.5, 2, 48))
+        normed.rms_norm.weight.copy_(theirs.weight)
+    return plain, normed, theirs
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_is_that_of_transformers_bit_for_bit(dtype, strength):
+    plain, normed, theirs = with_norm(dtype)
+    for one in (plain, normed):
+        set_strength(one, strength)
+    x, y = (3 * inputs(dtype)).requires_grad_(), (3 * inputs(dtype)).requires_grad_()
+    found, wanted = normed(x), plain(theirs(y))
+    assert found.dtype == dtype and torch.equal(found, wanted) and not torch.equal(found, plain(x))
+    found.float().sin().sum().backward()
+    wanted.float().sin().sum().backward()
+    assert torch.equal(x.grad, y.grad) and torch.equal(normed.rms_norm.weight.grad, theirs.weight.grad)
+    assert float(theirs.weight.grad.float().norm()) > 0
+
+
+def test_under_autocast_the_norm_is_computed_in_float32():
+    plain, normed, theirs = with_norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(normed(inputs()), plain(theirs(inputs())))
+
+
+def test_a_fresh_norm_has_weight_1_and_is_saved_under_the_name_that_transformers_reads():
+    _, ternary = pair(torch.bfloat16)
+    normed = nn.Linear(48, 32, bias=False, dtype=torch.bfloat16)
+    convert(normed, norm=True)
+    assert torch.equal(normed.rms_norm.weight, torch.ones(48, dtype=torch.bfloat16))
+    assert list(normed.state_dict()) == ["weight", "rms_norm.weight"] and list(ternary.state_dict()) == ["weight", "bias"]
+
+
+def test_lambda_is_a_number_where_weights_are_yet_to_come():
+    """As in the processes that get a model's weights from the first one."""
+    with torch.device("meta"):
+        later = nn.Linear(48, 32)
+    convert(later, norm=True)
+    set_strength(later, 0.5)
+    assert float(later.strength) == 0.5 and later.rms_norm.weight.is_meta
+
+
 def test_lambda_moves_without_compiling_anew():
     """Through dynamo and the traced autograd of torch.compile; lambda is a tensor, so that it is no constant of the graph."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -16,6 +16,8 @@ from downcycle.surgery.ternary.warmup import SCHEDULES, Warmup
         ("linear", None, 1000, 1.0),
         ("linear", None, 4999, 1.0),
         ("linear", 10, 5, 0.5),
+        ("linear", 0, 0, 1.0),
+        ("linear", 0, 4999, 1.0),
         ("ramp", None, 1250, 0.25),
         ("ramp", None, 5000, 1.0),
         ("ramp", 2, 1250, 0.5),
@@ -43,7 +45,8 @@ def test_they_rise_from_0_to_1_and_stay_there(schedule, total):
     ("schedule", "k", "says"),
     [
         ("linaer", None, "schedule 'linaer': no such warm-up; choose linear, ramp, exponential, sigmoid"),
-        ("linear", 0, "k 0: must be a number above 0; linear usually has 1000"),
+        ("linear", -1, "k -1: must be 0 or a number above it; linear usually has 1000"),
+        ("sigmoid", 0, "k 0: must be a number above 0; sigmoid usually has 100"),
         ("sigmoid", -1.5, "k -1.5: must be a number above 0; sigmoid usually has 100"),
         ("ramp", nan, "k nan: must be a number above 0"),
         ("ramp", inf, "k inf: must be a number above 0"),

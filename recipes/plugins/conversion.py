@@ -1,0 +1,70 @@
+"""Make a built model's linear maps ternary, so that what is trained can be packed and loaded again. Knows no trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...surgery.adapter.lowrank import pieces
+from ...surgery.checkpoint import Checkpoint, open_checkpoint
+from ...surgery.errors import DowncycleError
+from ...surgery.ternary.bitlinear import BitLinear, convert, set_strength
+from ...surgery.ternary.packing import FOUR
+from ...surgery.ternary.record import read_record
+from ...surgery.ternary.rule import Rule
+from .settings import SECTION, TernarySettings
+
+
+def make_ternary(model: PreTrainedModel, chosen: TernarySettings, source: str, revision: str | None = None) -> None:
+    """Convert a model in place. lambda is that of the training which `source` came out of; 0 where none did.
+
+    Args:
+        source: folder or Hub id that the model was loaded from: norms that it holds already are read there.
+    Raises:
+        DowncycleError: no map that becomes ternary, or one that no packed checkpoint can hold.
+    """
+    maps = dict(_linear(model, chosen.rule()))
+    if not maps:
+        raise DowncycleError(f"{source}: has no linear map that becomes ternary; change include and exclude under {SECTION}")
+    _check_outputs(source, maps)
+    for module in maps.values():
+        convert(module, norm=chosen.norm)
+    if before := read_record(model.config.to_dict(), source):
+        set_strength(model, before.strength)
+        if before.norm:
+            _load_norms(maps, open_checkpoint(source, revision))
+
+
+def _linear(model: PreTrainedModel, rule: Rule) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and rule.takes(name):
+            yield name, module
+
+
+def _check_outputs(source: str, maps: Mapping[str, nn.Linear]) -> None:
+    for name, module in maps.items():
+        if module.out_features % FOUR:
+            raise DowncycleError(
+                f"{source}: {name} has {module.out_features} outputs, and transformers reads ternary maps with multiples of {FOUR} only; "
+                f"leave it out: exclude: ['{name.rpartition('.')[2]}$'] under {SECTION}"
+            )
+
+
+@torch.no_grad()
+def _load_norms(maps: Mapping[str, nn.Linear], source: Checkpoint) -> None:
+    """Read the norms' weights, which transformers passes over: the model's class has no place for them."""
+    for name, module in maps.items():
+        key = f"{name}.rms_norm.weight"
+        if key not in source.tensors:
+            raise DowncycleError(f"{source.name}: its config speaks of norms, and there is no {key}; give the folder that training wrote")
+        assert isinstance(module, BitLinear) and module.rms_norm
+        weight = module.rms_norm.weight
+        if weight.is_meta:
+            continue  # another process has it, and passes it on
+        stored = torch.cat(list(pieces(source.tensors[key])))
+        if stored.shape != weight.shape:
+            raise DowncycleError(f"{source.name}: {key} has {len(stored)} numbers, and the map has {len(weight)} inputs; fetch it again")
+        weight.copy_(stored)

@@ -1,0 +1,1 @@
+"""Write a checkpoint as one GGUF file, which llama.cpp runs."""
