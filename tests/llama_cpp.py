@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 120  # seconds
+LETTER = 37  # the token that is sampled, of the built-in vocabulary: a half character, or an end, would be answered without probabilities
 
 
 def run(file: Path, prompts: list[list[int]] = (), vocab: int = 0, texts: list[str] = ()) -> dict[str, Any]:
@@ -39,7 +40,14 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(server: Any, prompt: list[int], vocab: int) -> list[float]:
-    asked = {"prompt": prompt, "n_predict": 1, "n_probs": vocab, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
+    asked = {
+        "prompt": prompt,
+        "n_predict": 1,
+        "n_probs": vocab,
+        "temperature": 0.0,
+        "cache_prompt": False,
+        "logit_bias": [[LETTER, 1000.0]],
+    }
     said = server.handle_completions(asked)
     said = json.loads(said) if isinstance(said, str | bytes) else said
     found = {one["id"]: one["logprob"] for one in said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}

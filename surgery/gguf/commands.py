@@ -20,9 +20,7 @@ I2_S = "I2_S is experimental: only bitnet.cpp on x86 reads it, stock llama.cpp c
 def gguf(
     src: Src,
     out: Annotated[str, typer.Option(metavar="FILE", help="The file to write.")],
-    kind: Annotated[
-        str, typer.Option("--type", metavar="|".join(KINDS), help="Numbers of the matrices; tq* and i2_s are ternary.")
-    ],
+    kind: Annotated[str, typer.Option("--type", metavar="|".join(KINDS), help="Numbers of the matrices; tq* and i2_s are ternary.")],
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing GGUF file.")] = False,
     as_json: Json = False,

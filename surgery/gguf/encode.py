@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -20,7 +21,7 @@ from gguf.quants import TQ1_0, TQ2_0
 
 from ..errors import DowncycleError
 from .kinds import TYPES, Kind
-from .rows import Array, Matrix, to_float
+from .rows import UNITS, Array, Matrix, to_float
 
 ZERO, TAIL = 1, 32  # the code of a zero; bytes behind an I2_S tensor
 SIGN_SHIFT = {2: 15, 4: 31, 8: 63}
@@ -67,32 +68,26 @@ class Encoder:
             yield from self._ternary(matrix) if self.kind in PACK else self._floats(matrix)
 
     def _floats(self, matrix: Matrix) -> Iterator[bytes]:
-        same = matrix.weight.dtype == self.kind.upper() and not self.add
-        scale = matrix.value() if matrix.scale else None
+        dtype, scale = matrix.weight.dtype, matrix.value() if matrix.scale else None
         for block in matrix.blocks():
-            if same:
+            if dtype == self.kind.upper() and not self.add:
                 yield block.tobytes()
-                continue
-            numbers = to_float(block, matrix.weight.dtype) if scale is None else (block.astype(np.float32) - 1) * scale
-            yield self._rounded(numbers + np.float32(self.add) if self.add else numbers, block)
+            elif block.itemsize == 2 and self.kind != "f32" and not self.add:
+                stored, faults = _table(dtype, self.kind)
+                yield self._counted(stored[block.view(np.uint16)], faults[block.view(np.uint16)])
+            else:
+                numbers = to_float(block, dtype) if scale is None else (block.astype(np.float32) - 1) * scale
+                numbers = numbers + np.float32(self.add) if self.add else numbers
+                yield self._counted(*_round(numbers, block if block.dtype == np.float64 and not self.add else numbers, self.kind))
 
-    def _rounded(self, numbers: Array, block: Array) -> bytes:
-        """Round float32 numbers to the kind, and count those that changed since they were a float64 or float32."""
-        if self.kind == "f16":
-            with np.errstate(over="ignore"):
-                stored = numbers.astype(np.float16)
-            again = stored.astype(np.float32)
-        elif self.kind == "bf16":
-            stored = _to_bf16(numbers)
-            again = to_float(stored, "BF16")
-        else:
-            stored = again = numbers
-        if not np.isfinite(again).all():
+    def _counted(self, stored: Array, faults: Array) -> bytes:
+        """Count what was rounded, and refuse what is not finite."""
+        if faults.max(initial=0) > 1:
             raise DowncycleError(
                 f"{self.name}: holds NaN, infinity or a number that {self.kind.upper()} cannot hold; choose --type f32, or bf16, whose "
                 "range is wider, or mend the model"
             )
-        self.rounded += int(np.count_nonzero(again != (block if block.dtype == np.float64 else numbers)))
+        self.rounded += int(np.count_nonzero(faults))
         return stored.tobytes()
 
     def _ternary(self, matrix: Matrix) -> Iterator[bytes]:
@@ -108,6 +103,27 @@ class Encoder:
             yield PACK[self.kind](np.ascontiguousarray(codes), scale, self.name)
         if self.kind == "i2_s":
             yield scale.tobytes() + bytes(TAIL - 4)
+
+
+def _round(numbers: Array, exact: Array, kind: Kind) -> tuple[Array, Array]:
+    """Round float32 numbers to a kind; say of each, by 0, 1 or 2, whether it is `exact`, is not, or is no finite number."""
+    if kind == "f16":
+        with np.errstate(over="ignore"):
+            stored = numbers.astype(np.float16)
+        again = stored.astype(np.float32)
+    elif kind == "bf16":
+        stored = _to_bf16(numbers)
+        again = to_float(stored, "BF16")
+    else:
+        stored = again = numbers
+    return stored, np.where(np.isfinite(again), again != exact, 2).astype(np.uint8)
+
+
+@lru_cache
+def _table(dtype: str, kind: Kind) -> tuple[Array, Array]:
+    """Return what `_round` makes of each number of 16 bits, by its bits: to look it up is faster."""
+    numbers = to_float(np.arange(1 << 16, dtype=np.uint16).view(UNITS[dtype]), dtype)
+    return _round(numbers, numbers, kind)
 
 
 def ternary_codes(block: Array, dtype: str, scale: np.float32, name: str) -> tuple[Array, np.float32]:

@@ -14,7 +14,7 @@ KNOWN = ("default", "linear", "yarn", "llama3")
 
 def rope_of(config: Config) -> Config:
     """Return the parameters of a model's rope; of one that has several, those of the layers that see everything."""
-    rope = config.get("rope_parameters") or {}
+    rope: Config = config.get("rope_parameters") or {}
     whole: Config = rope.get("full_attention", rope)
     return whole
 

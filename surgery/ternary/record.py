@@ -17,7 +17,7 @@ class Record:
     """How a model learnt ternary weights.
 
     rule: which maps did. norm: whether each has a norm of its own before it. strength: lambda of the last optimizer step, from 0 to 1.
-    schedule, steps: how lambda grew, and for how many steps the training was laid out.
+    schedule, steps: how lambda grew, and how many steps were made.
     """
 
     rule: Rule

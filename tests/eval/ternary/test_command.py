@@ -202,19 +202,20 @@ def test_a_dry_run_writes_and_reads_nothing(downcycle, small, tree, tmp_path):
 
 
 def test_what_a_stopped_run_had_packed_is_counted_from_the_files(downcycle, small):
-    """Two shards, the first of them whole: the second run packs the second only."""
-    whole = json.loads(downcycle("ternarize", "small", "--out", "whole", "--max-shard-size", "700kB", "--json").out)
-    files = [path.name for path in Path("whole").glob("*.safetensors")]
-    assert len(files) > 1
+    """All shards but the last are whole: the second run packs that one only."""
+    options = ["--max-shard-size", "30kB"]
+    whole = json.loads(downcycle("ternarize", "small", "--out", "whole", *options, "--json").out)
+    count = len(list(Path("whole").glob("*.safetensors")))
     script = (
         "import sys, downcycle.surgery.write as w; from downcycle.cli import main; before = w._write_shard; done = []\n"
-        "def stop(*given):\n    before(*given); done.append(1)\n    if len(done) == 1: raise KeyboardInterrupt\n"
-        "w._write_shard = stop; sys.argv[1:] = ['ternarize', 'small', '--out', 'packed', '--max-shard-size', '700kB']; main()"
+        f"def stop(*given):\n    before(*given); done.append(1)\n    if len(done) == {count - 1}: raise KeyboardInterrupt\n"
+        f"w._write_shard = stop; sys.argv[1:] = ['ternarize', 'small', '--out', 'packed', *{options}]; main()"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 130 and "the same command goes on from there" in ended.stderr
-    assert list(Path(".packed.downcycle").glob("*.safetensors"))
-    found = json.loads(downcycle("ternarize", "small", "--out", "packed", "--max-shard-size", "700kB", "--json").out)
+    held = [load_file(path) for path in Path(".packed.downcycle").glob("*.safetensors")]
+    assert len(held) == count - 1 and any(tensor.dtype == torch.uint8 for tensors in held for tensor in tensors.values())
+    found = json.loads(downcycle("ternarize", "small", "--out", "packed", *options, "--json").out)
     for one, other in zip([found["weights"], *found["layers"]], [whole["weights"], *whole["layers"]], strict=True):
         assert {**one, "error": 0, "norm": 0} == {**other, "error": 0, "norm": 0}
         assert one["error"] == pytest.approx(other["error"], rel=1e-6)

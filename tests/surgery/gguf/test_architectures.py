@@ -8,17 +8,18 @@ pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 pytest.importorskip("xllamacpp")
 
-import llama_cpp
-import numpy as np
+import numpy as np  # noqa: E402
 
-from downcycle.surgery.checkpoint import open_checkpoint
-from downcycle.surgery.choose import first
-from downcycle.surgery.errors import DowncycleError
-from downcycle.surgery.gguf.architectures import ARCHITECTURES, STATED, metadata, whole_config
-from downcycle.surgery.gguf.export import write_gguf
-from downcycle.surgery.layers import keep_layers
-from downcycle.surgery.model import load_model
-from downcycle.surgery.write import write
+from downcycle.surgery.checkpoint import open_checkpoint  # noqa: E402
+from downcycle.surgery.choose import first  # noqa: E402
+from downcycle.surgery.errors import DowncycleError  # noqa: E402
+from downcycle.surgery.gguf.architectures import ARCHITECTURES, STATED, metadata, whole_config  # noqa: E402
+from downcycle.surgery.gguf.export import write_gguf  # noqa: E402
+from downcycle.surgery.layers import keep_layers  # noqa: E402
+from downcycle.surgery.model import load_model  # noqa: E402
+from downcycle.surgery.write import write  # noqa: E402
+
+import llama_cpp  # noqa: E402
 
 LLAMA31 = {
     **{"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
@@ -87,11 +88,10 @@ def test_the_built_in_model_and_its_child_run(count, scores, tmp_path, quiet):
     parent = open_checkpoint("demo")
     child = keep_layers(parent, first(12, count))
     write(child, tmp_path / "child")
-    write_gguf(open_checkpoint(tmp_path / "child"), tmp_path / "child.gguf", "bf16")
+    write_gguf(open_checkpoint(tmp_path / "child"), tmp_path / "child.gguf", "f32")
     found = np.array(llama_cpp.run(tmp_path / "child.gguf", PROMPTS, 4096)["scores"])
     expected = np.array(scores(load_model(child, dtype=torch.float32), PROMPTS))
-    assert np.abs(found - expected).max() < 0.05  # llama.cpp rounds what enters a bf16 matrix to bf16
-    assert (found.argmax(1) == expected.argmax(1)).all()
+    assert np.abs(found - expected).max() < 1e-3
 
 
 @pytest.mark.parametrize("family", STATED)

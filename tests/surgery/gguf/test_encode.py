@@ -5,12 +5,12 @@ import struct
 import pytest
 
 gguf = pytest.importorskip("gguf")
-import numpy as np
+import numpy as np  # noqa: E402
 
-from downcycle.surgery.checkpoint import Tensor
-from downcycle.surgery.errors import DowncycleError
-from downcycle.surgery.gguf.encode import Encoder
-from downcycle.surgery.gguf.rows import Matrix
+from downcycle.surgery.checkpoint import Tensor  # noqa: E402
+from downcycle.surgery.errors import DowncycleError  # noqa: E402
+from downcycle.surgery.gguf.encode import Encoder  # noqa: E402
+from downcycle.surgery.gguf.rows import Matrix  # noqa: E402
 
 SCALE = np.float32(0.0173)
 TYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
@@ -95,9 +95,10 @@ def test_nothing_but_zeros_is_zero():
 def test_negative_zeros_are_zeros():
     values = np.where(codes_of(2, 256) == 1, -0.0, 0.5).astype(np.float32)
     codes = np.where(values == 0, 1, 2).astype(np.uint8)
-    assert encoded("tq2_0", Matrix(tensor_of(values, "F32")))[0] == gguf.quantize(
-        (codes.astype(np.float32) - 1) * 0.5, gguf.GGMLQuantizationType.TQ2_0
-    ).tobytes()
+    assert (
+        encoded("tq2_0", Matrix(tensor_of(values, "F32")))[0]
+        == gguf.quantize((codes.astype(np.float32) - 1) * 0.5, gguf.GGMLQuantizationType.TQ2_0).tobytes()
+    )
 
 
 def test_rows_come_in_the_order_asked_for():

@@ -11,13 +11,13 @@ pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 tokenizers = pytest.importorskip("tokenizers")
 
-import llama_cpp
+from downcycle.surgery.checkpoint import open_checkpoint  # noqa: E402
+from downcycle.surgery.errors import DowncycleError  # noqa: E402
+from downcycle.surgery.gguf.export import write_gguf  # noqa: E402
+from downcycle.surgery.gguf.pre_tokenizers import DIGITS, GPT2, NAMES  # noqa: E402
+from downcycle.surgery.gguf.tokenizer import tokenizer_fields  # noqa: E402
 
-from downcycle.surgery.checkpoint import open_checkpoint
-from downcycle.surgery.errors import DowncycleError
-from downcycle.surgery.gguf.export import write_gguf
-from downcycle.surgery.gguf.pre_tokenizers import DIGITS, GPT2, NAMES
-from downcycle.surgery.gguf.tokenizer import tokenizer_fields
+import llama_cpp  # noqa: E402
 
 DEMO = Path(__file__).parents[3] / "recipes" / "demo"
 SPACE = "\u2581"
@@ -165,7 +165,9 @@ def spelled(pieces, kind=2, prefix=1):
     data = b""
     for token in tokens:
         score = -float(joined.index(token)) if token in joined else 0.0 if token in types else -9999.0
-        data += message(1, message(1, token.encode()) + message(2, score) + message(3, types.get(token, 6 if token.startswith("<0x") else 1)))
+        data += message(
+            1, message(1, token.encode()) + message(2, score) + message(3, types.get(token, 6 if token.startswith("<0x") else 1))
+        )
     return data + message(2, message(3, kind)) + message(3, message(3, prefix))
 
 
@@ -174,10 +176,8 @@ def test_sentencepieces_own_file_is_read(pieces, demo):
     expected, _ = tokenizer_fields(open_checkpoint(demo), 4096)
     (demo / "tokenizer.model").write_bytes(spelled(pieces))
     found, _ = tokenizer_fields(open_checkpoint(demo), 4096)
-    ranked = [place for place, score in enumerate(expected["ggml.scores"]) if -1e6 < score]
-    assert [found["ggml.scores"][place] for place in ranked] == [
-        -float(pieces[1].index(found["ggml.tokens"][place])) for place in ranked
-    ]
+    ranked = [place for place, score in enumerate(expected["ggml.scores"]) if score > -1e6]
+    assert [found["ggml.scores"][place] for place in ranked] == [-float(pieces[1].index(found["ggml.tokens"][place])) for place in ranked]
     assert {key: value for key, value in found.items() if key != "ggml.scores"} == {
         key: value for key, value in expected.items() if key != "ggml.scores"
     }
@@ -220,7 +220,9 @@ def test_tokens_types_and_special_tokens(demo):
     stored = json.loads((demo / "tokenizer.json").read_text())
     assert notes == ()
     assert all(fields["ggml.tokens"][place] == token for token, place in stored["model"]["vocab"].items())
-    assert [fields["ggml.tokens"][token["id"]] for token in stored["added_tokens"]] == [token["content"] for token in stored["added_tokens"]]
+    assert [fields["ggml.tokens"][token["id"]] for token in stored["added_tokens"]] == [
+        token["content"] for token in stored["added_tokens"]
+    ]
     assert fields["ggml.token_type"] == [1] * 4080 + [3] * 16 + [5] * 4
     assert fields["ggml.tokens"][4096:] == ["[PAD4096]", "[PAD4097]", "[PAD4098]", "[PAD4099]"]
     assert (fields["ggml.bos_token_id"], fields["ggml.eos_token_id"]) == (4080, 4081)
