@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 
 from ..errors import DowncycleError
 from ..sources import CHUNK
 from .encode import Encoder
 from .kinds import TYPES
+
+
+class HeaderReader(GGUFReader):
+    """The package's reader, but it passes over lists: a vocabulary would take it seconds and hundreds of megabytes."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        data: Any = self.data
+        kind, count = struct.unpack_from("<IQ", data, orig_offs)
+        end = orig_offs + 12
+        if kind == GGUFValueType.STRING:
+            for _ in range(count):
+                end += 8 + struct.unpack_from("<Q", data, end)[0]
+        else:
+            end += count * self.gguf_scalar_to_np[GGUFValueType(kind)]().itemsize
+        return end - orig_offs, [data[orig_offs:end]], [], [GGUFValueType.ARRAY, GGUFValueType(kind)]
 
 
 def check_gguf(path: Path, tensors: tuple[Encoder, ...], sums: dict[str, int]) -> None:
@@ -32,7 +51,7 @@ def check_gguf(path: Path, tensors: tuple[Encoder, ...], sums: dict[str, int]) -
 
 
 def _from_header(path: Path, tensors: tuple[Encoder, ...]) -> dict[str, int]:
-    found = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    found = {tensor.name: tensor for tensor in HeaderReader(path).tensors}
     for wanted in tensors:
         there = found.get(wanted.name)
         if there is None or (int(there.tensor_type), tuple(reversed(there.shape.tolist()))) != (TYPES[wanted.kind].id, wanted.shape):
