@@ -21,7 +21,6 @@ LIGER = frozenset((
     "llama4", "llama4_text", "ministral", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe",
     "qwen3_next", "smollm3",
 ))  # fmt: skip
-FULLY = 0.99  # lambda of a warm-up that is over; a sigmoid comes that near to 1
 LORA_KERNELS = frozenset(("llama", "mistral", "qwen2", "qwen3", "smollm3"))
 
 
@@ -81,7 +80,7 @@ def check_trained(checkpoint: Checkpoint, preset: str) -> None:
     first = f"--preset {preset} goes on where --preset ternary ended"
     if before is None:
         raise DowncycleError(f"{checkpoint.name}: was never trained ternary; {first}: run that first, and give its output_dir")
-    if before.strength < FULLY:
+    if not before.whole:
         raise DowncycleError(f"{checkpoint.name}: its warm-up stopped at a lambda of {before.strength:g}; {first}: let that end first")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -34,6 +34,12 @@ def ternary_matrices(checkpoint: Checkpoint) -> dict[str, Tensor]:
         return {}
     tensors = checkpoint.tensors
     return {name: one for name, one in tensors.items() if one.dtype == "U8" and len(one.shape) == 2 and scale_of(name) in tensors}
+
+
+def scaled_bias(checkpoint: Checkpoint, matrices: Iterable[str]) -> str:
+    """Name the first of some maps that has a bias: AutoBitLinear multiplies that with the scale too. Empty where none has."""
+    maps = (name.removesuffix(".weight") for name in matrices)
+    return next((name for name in maps if f"{name}.bias" in checkpoint.tensors), "")
 
 
 def weights_in(checkpoint: Checkpoint) -> dict[str, int]:

@@ -37,10 +37,10 @@ def warnings(model: Checkpoint, rule: Rule, tally: Tally | None, losses: Losses 
     changed = "" if tally is None or tally.error is None else f": rounding changed its weights by {tally.error:.1%}"
     train = f"train it first: downcycle recipe {model.name} --preset ternary"
     lines = []
-    if record is None:
+    if record is None and (tally is None or tally.error != 0):  # else its weights were ternary already
         use = " and the packed model is of no use but for comparing"
         lines.append(f"{model.name} was never trained with ternary weights, as far as its config.json says{changed},{use}; {train}")
-    elif not record.whole:
+    elif record and not record.whole:
         reached = f"lambda reached {record.strength:.6g} of 1"
         lines.append(
             f"{model.name} was not trained with ternary weights to the end ({reached}){changed}, and the packed model is worse than what "

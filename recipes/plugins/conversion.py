@@ -12,9 +12,9 @@ from ...surgery.adapter.lowrank import pieces
 from ...surgery.checkpoint import Checkpoint, open_checkpoint
 from ...surgery.errors import DowncycleError
 from ...surgery.ternary.bitlinear import BitLinear, convert, set_strength
-from ...surgery.ternary.packing import FOUR
 from ...surgery.ternary.record import read_record
 from ...surgery.ternary.rule import Rule
+from ...surgery.weights import FOUR
 from .settings import SECTION, TernarySettings
 
 

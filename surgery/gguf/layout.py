@@ -15,6 +15,8 @@ import numpy as np
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import DowncycleError
 from ..quantizer import packed_by
+from ..ternary.record import read_record
+from ..weights import FOUR, is_inverse, scaled_bias, ternary_matrices
 from .architectures import Architecture, Config
 from .encode import Encoder, ternary_codes
 from .kinds import TERNARY, TYPES, Kind
@@ -59,7 +61,7 @@ def lay_out(model: Checkpoint, arch: Architecture, config: Config, kind: Kind) -
         name: tuple(parts[place] for place in range(len(parts))) for name, parts in found.items() if _complete(name, parts, config, model)
     }
     kinds = {name: _kind(name, matrices, kind) for name, matrices in whole.items()}
-    notes = _ternary_notes(model, whole, kinds, kind) if kind in TERNARY else ()
+    notes = _ternary_notes(model, whole, kinds, kind) if kind in TERNARY else _latent_note(model)
     add = {name: arch.add if "_norm" in name else 0.0 for name in whole}
     return Layout(tuple(Encoder(name, kinds[name], matrices, add[name]) for name, matrices in whole.items()), notes)
 
@@ -70,6 +72,8 @@ def _check_packing(model: Checkpoint) -> None:
         raise DowncycleError(
             f"{model.name}: rounds its weights while it runs (quantization_mode online); llama.cpp does not; pack them first"
         )
+    if not is_inverse(model.config) and (biased := scaled_bias(model, ternary_matrices(model))):
+        raise DowncycleError(f"{model.name}: {biased} has a bias, which AutoBitLinear scales; pack it with --linear bitlinear")
     extra = next((name for name in model.tensors if ".rms_norm." in name), "")
     if how.get("use_rms_norm") or extra:
         raise DowncycleError(
@@ -100,10 +104,8 @@ def _matrix(model: Checkpoint, name: str, tensor: Tensor, arch: Architecture, co
     scale = model.tensors.get(f"{name}_scale")
     if tensor.dtype not in UNITS or (tensor.dtype == "U8") != (scale is not None):
         raise DowncycleError(f"{model.name}: {name} holds {tensor.dtype}, which is neither floating-point nor a packed ternary matrix")
-    how = model.config.get("quantization_config") or {}
-    inverse = scale is not None and how.get("linear_class", "bitlinear") != "autobitlinear"
-    rows = tensor.shape[0] * (4 if scale else 1) if tensor.shape else 0
-    return Matrix(tensor, scale, inverse, _order(name, rows, arch, config))
+    rows = tensor.shape[0] * (FOUR if scale else 1) if tensor.shape else 0
+    return Matrix(tensor, scale, is_inverse(model.config), _order(name, rows, arch, config))
 
 
 def _order(name: str, rows: int, arch: Architecture, config: Config) -> Array | None:
@@ -157,6 +159,14 @@ def _ternary_notes(model: Checkpoint, whole: dict[str, tuple[Matrix, ...]], kind
     if kept:
         notes.append(f"{len(kept)} matrices stay F16, as they are not ternary: {_some(kept)}")
     return tuple(notes)
+
+
+def _latent_note(model: Checkpoint) -> tuple[str, ...]:
+    """Say that floats are not what a ternary training trained."""
+    record = read_record(model.config, model.name)
+    if record is None or packed_by(model.config):
+        return ()
+    return (f"{model.name} was trained with ternary weights, and these are the floats beneath them; what was trained: downcycle ternarize",)
 
 
 def _some(names: list[Any]) -> str:

@@ -14,12 +14,12 @@ import numpy as np
 
 from ..adapter.lowrank import spans
 from ..checkpoint import Span, Tensor
+from ..weights import FOUR
 
 Array = np.ndarray[Any, Any]
 Reader = Callable[[int, int], Array]
 
 BLOCK = 1 << 18  # numbers that are read at a time: what a processor's cache holds
-FOUR = 4  # ternary weights in a byte of a packed matrix
 UNITS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8}
 LOW_BITS = np.uint64(0x0303030303030303)
 

@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING
 from ..adapter.lowrank import BLOCK, pieces, spans
 from ..checkpoint import Tensor
 from ..errors import UnsuitableError
+from ..weights import FOUR
 from .tally import Counted, Tally
 
 if TYPE_CHECKING:
     import torch
-
-FOUR = 4  # weights in a byte
 
 Tell = Callable[[str, Tally], object]  # is told a tensor's name and what its weights became
 
 
 @dataclass
 class Scale:
-    """s = mean |W| of a matrix, at least 1e-5, and the sum of the squares of W: computed once, when one is first asked for."""
+    """s = mean |W| of a matrix, at least 1e-5, and the sum of the squares of W: computed once, when one is first asked for.
+
+    Of a matrix that is ternary already, all -s, 0 or s, it is that s: its weights stay what they are.
+    """
 
     weight: Tensor
     name: str
@@ -54,12 +56,16 @@ class Scale:
         with self._lock:
             if self._sums is None:
                 total = squares = 0.0
+                only: set[float] = set()  # the sizes that numbers other than 0 have, until there are two
                 for block in _blocks(self.weight):
                     sizes = block.abs().double()
                     total, squares = total + float(sizes.sum()), squares + float(sizes.dot(sizes))
+                    if len(only) < 2 and len(some := sizes[sizes > 0]):
+                        only |= {float(some.min()), float(some.max())}
                 if not math.isfinite(total):
                     raise UnsuitableError(f"{self.name}: holds NaN or infinity; the training that made it failed, or the file is damaged")
-                (value,) = struct.unpack("<f", struct.pack("<f", max(total / prod(self.weight.shape), SMALLEST)))
+                mean = max(total / prod(self.weight.shape), SMALLEST)
+                (value,) = struct.unpack("<f", struct.pack("<f", only.pop() if len(only) == 1 else mean))
                 self._sums = value, squares
         return self._sums
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import DowncycleError
 from .rule import Rule
 
+FULLY = 0.99  # lambda of a warm-up that is over: ramps and sigmoids end that near to 1
 RECORD = "downcycle_ternary"  # the section of config.json, which the training writes with every checkpoint
 
 
@@ -29,7 +30,7 @@ class Record:
     @property
     def whole(self) -> bool:
         """Whether it was trained with nothing but ternary weights in the end."""
-        return self.strength >= 1
+        return self.strength >= FULLY
 
 
 def read_record(config: Mapping[str, Any], name: str) -> Record | None:

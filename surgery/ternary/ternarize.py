@@ -16,7 +16,8 @@ from ..errors import DowncycleError
 from ..families import CONV1D
 from ..lineage import TERNARY, descend
 from ..quantizer import packed_by
-from .packing import FOUR, Scale, Tell, packed, scale_tensor
+from ..weights import FOUR, scaled_bias
+from .packing import Scale, Tell, packed, scale_tensor
 from .record import read_record
 from .rule import Rule
 
@@ -43,6 +44,10 @@ def ternarize(model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None
     if model.config.get("model_type") in CONV1D:
         raise DowncycleError(f"{model.name}: {model.config['model_type']} has no linear maps that transformers runs with ternary weights")
     modules = ternary_modules(model, rule)
+    if linear == "autobitlinear" and (biased := scaled_bias(model, modules)):
+        raise DowncycleError(
+            f"{model.name}: {biased} has a bias, which transformers multiplies with the scale under --linear autobitlinear; take bitlinear"
+        )
     normed = _norms(model, modules, record is not None and record.norm)
     tensors = {new: tensor for name, old in model.tensors.items() for new, tensor in _converted(name, old, name in modules, linear, tell)}
     kept = [name.removesuffix(".weight") for name, tensor in model.tensors.items() if _is_matrix(name, tensor) and name not in modules]

@@ -265,6 +265,25 @@ def test_other_packings_are_refused(how, says, wide, tmp_path):
         write_gguf(replace(model, config={**model.config, "quantization_config": how}), tmp_path / "model.gguf", "f16")
 
 
+def test_a_bias_that_is_scaled_is_refused(wide, tmp_path):
+    from dataclasses import replace
+
+    model = open_checkpoint(wide["autobitlinear"])
+    bias = {"model.layers.0.self_attn.q_proj.bias": model.tensors["model.norm.weight"]}
+    with pytest.raises(DowncycleError, match="self_attn.q_proj has a bias, which AutoBitLinear scales"):
+        write_gguf(replace(model, tensors={**model.tensors, **bias}), tmp_path / "model.gguf", "f16")
+
+
+def test_floats_beneath_ternary_weights_are_told_apart(wide, tmp_path):
+    from dataclasses import replace
+
+    model = open_checkpoint(wide["float"])
+    trained = replace(model, config={**model.config, "downcycle_ternary": {"schedule": "linear", "strength": 1.0}})
+    (note,) = write_gguf(trained, tmp_path / "a.gguf", "bf16").notes
+    assert "these are the floats beneath them" in note
+    assert write_gguf(model, tmp_path / "b.gguf", "bf16").notes == ()
+
+
 def test_tensors_too_many_or_of_another_kind_are_refused(tmp_path):
     from dataclasses import replace
 

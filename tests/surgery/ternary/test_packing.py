@@ -55,6 +55,23 @@ def test_codes_and_scale(dtype, shape, piece, monkeypatch):
     assert (torch.cat(list(ternary_blocks(scale))).numpy().astype(int) - 1 == codes.flatten()).all()
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("size", [0.5, 0.0123])
+def test_weights_that_are_ternary_already_stay_what_they_are(dtype, size, monkeypatch):
+    monkeypatch.setattr(packing, "BLOCK", 7)
+    codes = torch.randint(-1, 2, (16, 9), generator=torch.Generator().manual_seed(1))
+    weight = (codes * torch.tensor(size).to(KINDS[dtype])).to(KINDS[dtype])
+    found = []
+    scale = Scale(as_tensor(weight, dtype), "w")
+    data = b"".join(packed(scale, lambda name, tally: found.append(tally)).chunks())
+    assert (unpack_by_hand(data, 16, 9) == codes.numpy()).all()
+    assert scale.value() == np.float32(float(weight.abs().max()))
+    assert found[0].error < 1e-7
+    nearly = weight.clone()
+    nearly[3, 3] = size / 3
+    assert Scale(as_tensor(nearly, dtype), "w").value() == pytest.approx(float(nearly.double().abs().mean()), rel=1e-6)
+
+
 def test_transformers_packs_the_same():
     integration = pytest.importorskip("transformers.integrations.bitnet")
     weight = weights(64, 48)

@@ -21,7 +21,7 @@ def test_a_model_that_was_never_trained_so():
     assert read_record({"model_type": "llama"}, "m") is None and read_record({"downcycle_ternary": None}, "m") is None
 
 
-@pytest.mark.parametrize(("strength", "whole"), [(1, True), (1.0, True), (0.999, False), (0, False)])
+@pytest.mark.parametrize(("strength", "whole"), [(1, True), (1.0, True), (0.9995, True), (0.98, False), (0, False)])
 def test_how_far(strength, whole):
     record = read_record({"downcycle_ternary": WRITTEN | {"strength": strength}}, "m")
     assert (record.strength, record.whole) == (strength, whole)
