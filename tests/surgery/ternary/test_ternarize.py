@@ -195,7 +195,7 @@ def test_what_was_packed_is_not_packed_again(saved, tmp_path):
 def test_other_refusals(saved):
     with pytest.raises(DowncycleError, match="--linear bitnet: no such class; choose bitlinear or autobitlinear"):
         ternarize(open_checkpoint(saved()), linear="bitnet")
-    with pytest.raises(DowncycleError, match="q_proj has a bias, which transformers multiplies with the scale .* take bitlinear"):
+    with pytest.raises(DowncycleError, match="_proj has a bias, which transformers multiplies with the scale .* take bitlinear"):
         ternarize(open_checkpoint(saved("qwen2")), linear="autobitlinear")
     with pytest.raises(DowncycleError, match="gpt2 has no linear maps that transformers runs with ternary weights"):
         ternarize(open_checkpoint(saved("gpt2")))
