@@ -10,9 +10,11 @@ from .surgery.checkpoint import Checkpoint, Tensor, open_checkpoint
 from .surgery.choose import choose, ends, even, first, parse_layers, tail
 from .surgery.describe import describe
 from .surgery.errors import DowncycleError
+from .surgery.gguf.export import write_gguf
 from .surgery.layers import keep_layers
 from .surgery.model import load_model
 from .surgery.plan import plan_write
+from .surgery.ternary.ternarize import ternarize
 from .surgery.verify import verify
 from .surgery.write import write
 
@@ -32,6 +34,8 @@ __all__ = [
     "parse_layers",
     "plan_write",
     "tail",
+    "ternarize",
     "verify",
     "write",
+    "write_gguf",
 ]
