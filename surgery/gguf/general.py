@@ -10,8 +10,6 @@ from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 
 from ..checkpoint import Checkpoint
 
-SIGNED = ("token_type",)  # arrays of int32
-
 
 def general_fields(model: Checkpoint, file_type: int) -> dict[str, Any]:
     """Return name, type and base model by key."""

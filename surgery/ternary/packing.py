@@ -109,14 +109,6 @@ def scale_tensor(scale: Scale, inverse: bool) -> Tensor:
     return Tensor("F32", (1,), chunks, spans(scale.weight))
 
 
-def ternary_blocks(scale: Scale) -> Iterator[torch.Tensor]:
-    """Yield clamp(round(W / s), -1, 1) + 1, uint8, flat, a block at a time."""
-    import torch
-
-    for _, codes in _rounded(scale):
-        yield codes.add_(1).to(torch.uint8)
-
-
 def _rounded(scale: Scale) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield W and clamp(round(W / s), -1, 1), both float32, flat, a block at a time."""
     value = scale.value()
