@@ -17,6 +17,7 @@ from typing import Any
 
 from ..surgery.checkpoint import Checkpoint, open_checkpoint, split_revision
 from ..surgery.errors import DowncycleError
+from ..surgery.ternary.record import is_latent
 from ..surgery.weights import num_parameters
 from .benchmarks.harness import require_lm_eval
 from .benchmarks.tasks import Task, parse_tasks, task_key
@@ -27,7 +28,7 @@ from .measure.loading import Loaded, check_load, held_as, load
 from .measure.perplexity import check_windows, perplexity
 from .measure.speed import measure_speed
 from .measure.text import Documents, read_documents
-from .origin import HEALED, PARENT, UNKNOWN, origin_of, training_folder, training_log
+from .origin import HEALED, LATENT, PARENT, UNKNOWN, Origin, origin_of, training_folder, training_log
 from .results import ModelResult, Perplexity, Results, Score, Speed
 from .ternary.layers import layer_weights
 
@@ -217,7 +218,7 @@ def _describe(subject: Subject, plan: Plan, known: Measured, speed: dict[str, An
     return ModelResult(
         name=subject.name,
         content=subject.content,
-        role=HEALED if training and not origin.steps else origin.role,
+        role=_role(checkpoint, bool(training), origin),
         layers=checkpoint.num_layers,
         parameters=num_parameters(checkpoint),
         nbytes=checkpoint.nbytes,
@@ -231,6 +232,13 @@ def _describe(subject: Subject, plan: Plan, known: Measured, speed: dict[str, An
         training=training_log(training) if training else (),
         ternary=layer_weights(checkpoint, subject.content, partial(_told, progress, subject.name)),
     )
+
+
+def _role(checkpoint: Checkpoint, trained: bool, origin: Origin) -> str:
+    """Say in a word what a model is."""
+    if is_latent(checkpoint.config, checkpoint.name):
+        return LATENT
+    return HEALED if trained and not origin.steps else origin.role
 
 
 def _shown(text: Documents, limit: int | None) -> str:

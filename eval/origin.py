@@ -22,6 +22,7 @@ from ..surgery.lineage import TERNARY as CONVERT
 from .results import Logged
 
 PARENT, CUT_ONLY, HEALED, TERNARY, UNKNOWN = "parent", "cut", "healed", "ternary", "model"
+LATENT = "floats beneath ternary weights"  # what a ternary training saves; ternarize makes of it the model that was trained
 
 
 @dataclass(frozen=True)

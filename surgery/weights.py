@@ -9,13 +9,13 @@ from typing import Any
 from .checkpoint import Checkpoint, Tensor
 from .quantizer import packed_by
 
-TERNARY = "bitnet"  # transformers' name of the packing
+BITNET = "bitnet"  # transformers' name of the packing
 FOUR = 4  # weights in a byte
 
 
 def is_ternary(config: Mapping[str, Any]) -> bool:
     """Whether a model's weights are packed as ternary ones, by its config."""
-    return packed_by(config) == TERNARY
+    return packed_by(config) == BITNET
 
 
 def is_inverse(config: Mapping[str, Any]) -> bool:

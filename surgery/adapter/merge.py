@@ -23,6 +23,7 @@ from ..lineage import MERGE, descend
 from ..quantizer import packed_by
 from ..sources import Source
 from ..stack import OTHER_TOWERS
+from ..ternary.record import RECORD
 from .config import AdapterConfig, read_adapter_config
 from .modules import TOKENS, Merge, Parts
 from .names import layer_number
@@ -69,7 +70,8 @@ def merge_found(base: Checkpoint, source: Source) -> Checkpoint:
     _check_whole(base, config, merge)
     _check_named_base(base, config, merge.done)
     _check_finite(stored, source.name)
-    return replace(base, tensors=merge.tensors, lineage=_lineage(base, source, config, stored))
+    fields = {key: value for key, value in base.config.items() if key != RECORD}  # what was changed did not learn to be ternary
+    return replace(base, config=fields, tensors=merge.tensors, lineage=_lineage(base, source, config, stored))
 
 
 def find_adapter(adapter: str | Path, revision: str | None = None) -> Source:

@@ -64,8 +64,8 @@ class Scale:
                         only |= {float(some.min()), float(some.max())}
                 if not math.isfinite(total):
                     raise UnsuitableError(f"{self.name}: holds NaN or infinity; the training that made it failed, or the file is damaged")
-                mean = max(total / prod(self.weight.shape), SMALLEST)
-                (value,) = struct.unpack("<f", struct.pack("<f", only.pop() if len(only) == 1 else mean))
+                mean = total / prod(self.weight.shape)
+                (value,) = struct.unpack("<f", struct.pack("<f", max(only.pop() if len(only) == 1 else mean, SMALLEST)))
                 self._sums = value, squares
         return self._sums
 

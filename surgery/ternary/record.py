@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DowncycleError
+from ..quantizer import packed_by
 from .rule import Rule
 
 FULLY = 0.99  # lambda of a warm-up that is over: ramps and sigmoids end that near to 1
@@ -31,6 +32,11 @@ class Record:
     def whole(self) -> bool:
         """Whether it was trained with nothing but ternary weights in the end."""
         return self.strength >= FULLY
+
+
+def is_latent(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a model's weights are the floats beneath ternary ones that were trained: it is to be packed, and does not run as it is."""
+    return read_record(config, name) is not None and not packed_by(config)
 
 
 def read_record(config: Mapping[str, Any], name: str) -> Record | None:

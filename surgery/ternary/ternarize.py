@@ -6,17 +6,19 @@ A norm of its own before each map (`rms_norm`), if it was trained with one, is c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..adapter.lowrank import FLOATS
+from ..adapter.names import HEADS, is_embedding, is_tied
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import DowncycleError
 from ..families import CONV1D
 from ..lineage import TERNARY, descend
 from ..quantizer import packed_by
-from ..weights import FOUR, scaled_bias
+from ..weights import BITNET, FOUR, scaled_bias
 from .packing import Scale, Tell, packed, scale_tensor
 from .record import read_record
 from .rule import Rule
@@ -24,6 +26,7 @@ from .rule import Rule
 LINEAR = ("bitlinear", "autobitlinear")  # transformers' two classes; they read the scale as 1 / s and as s
 NORM = ".rms_norm.weight"  # how the norm before a map is named, behind the map's name
 EPSILON = 1e-6  # of that norm
+EXPERT = re.compile(r"(\.experts)\.[0-9]+\..*")  # one of many, with all below it
 
 
 def ternarize(model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None = None, tell: Tell | None = None) -> Checkpoint:
@@ -50,9 +53,10 @@ def ternarize(model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None
         )
     normed = _norms(model, modules, record is not None and record.norm)
     tensors = {new: tensor for name, old in model.tensors.items() for new, tensor in _converted(name, old, name in modules, linear, tell)}
-    kept = [name.removesuffix(".weight") for name, tensor in model.tensors.items() if _is_matrix(name, tensor) and name not in modules]
+    kept = _kept(model, modules)
     _check_kept(model, kept, modules)
-    how: dict[str, Any] = {"quant_method": "bitnet", "modules_to_not_convert": sorted({"lm_head", *kept})}
+    head = () if "lm_head.weight" in modules else ("lm_head",)  # which files of tied models lack
+    how: dict[str, Any] = {"quant_method": BITNET, "modules_to_not_convert": sorted({*head, *kept})}
     if linear == "autobitlinear":
         how |= {"linear_class": "autobitlinear", "quantization_mode": "offline"}
     if normed:
@@ -80,6 +84,7 @@ def ternary_modules(model: Checkpoint, rule: Rule) -> dict[str, Tensor]:
         DowncycleError: none, or one that cannot be packed: what is wrong with it, and how to leave it out.
     """
     found = {name: one for name, one in model.tensors.items() if _is_matrix(name, one) and rule.takes(name.removesuffix(".weight"))}
+    _check_ends(model, rule, found)
     if not found:
         raise DowncycleError(f"{model.name}: no linear map that becomes ternary; change the patterns of --include and --exclude")
     for name, tensor in found.items():
@@ -91,6 +96,16 @@ def ternary_modules(model: Checkpoint, rule: Rule) -> dict[str, Tensor]:
                 f"--exclude '{name.removesuffix('.weight').rpartition('.')[2]}$'"
             )
     return found
+
+
+def _check_ends(model: Checkpoint, rule: Rule, found: Mapping[str, Tensor]) -> None:
+    """Refuse embeddings, which are no linear map, and a head that is tied to them."""
+    if embedding := next((name for name in found if is_embedding(name.removesuffix(".weight"))), None):
+        raise DowncycleError(f"{model.name}: {embedding} is looked up and no linear map; let no pattern of --include take it")
+    if is_tied(model) and any(rule.takes(head) for head in HEADS):
+        raise DowncycleError(
+            f"{model.name}: its head has the weights of the embeddings, which stay floats; let no pattern of --include take it"
+        )
 
 
 def norms(model: Checkpoint) -> dict[str, Tensor]:
@@ -134,6 +149,13 @@ def _converted(name: str, tensor: Tensor, ternary: bool, linear: str, tell: Tell
 
 def _is_matrix(name: str, tensor: Tensor) -> bool:
     return name.endswith(".weight") and len(tensor.shape) == 2
+
+
+def _kept(model: Checkpoint, modules: Mapping[str, Tensor]) -> list[str]:
+    """Name the matrices that stay as they are: experts together, as transformers reads a name as all below it, and slowly."""
+    kept = (name.removesuffix(".weight") for name, tensor in model.tensors.items() if _is_matrix(name, tensor) and name not in modules)
+    taken = {EXPERT.sub(r"\1", name) for name in modules if EXPERT.search(name)}
+    return sorted({group if (group := EXPERT.sub(r"\1", name)) not in taken else name for name in kept})
 
 
 def _check_kept(model: Checkpoint, kept: list[str], modules: dict[str, Tensor]) -> None:

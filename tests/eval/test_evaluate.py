@@ -70,6 +70,13 @@ class Told(list):
             self.append(what)
 
 
+def test_floats_beneath_ternary_weights_are_called_so(parent, child, text, tmp_path):
+    model = open_checkpoint(child)
+    learnt = replace(model, config={**model.config, "downcycle_ternary": {"schedule": "linear", "strength": 1.0}}, lineage={})
+    results = evaluate([parent, str(write(learnt, tmp_path / "trained"))], [text], length=64)
+    assert [one.role for one in results.models] == ["parent", "floats beneath ternary weights"]
+
+
 def test_models_are_measured_side_by_side_and_only_once(parent, child, text, task):
     told, again = Told(), Told()
     results = evaluate([parent, str(child)], [text], task, limit=12, length=64, progress=told)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -129,6 +129,11 @@ def test_what_is_not_adapted_is_copied(base, llama):
     assert computed == {f"model.layers.{layer}.{name}.weight" for layer in range(8) for name in ("self_attn.q_proj", "mlp.down_proj")}
     assert all(after.tensors[name] is tensor for name, tensor in base.tensors.items() if name not in computed)
     assert (after.config, after.files, list(after.tensors)) == (base.config, base.files, list(base.tensors))
+
+
+def test_what_was_changed_did_not_learn_to_be_ternary(base, llama):
+    trained = replace(base, config={**base.config, "downcycle_ternary": {"schedule": "linear", "strength": 1.0}})
+    assert merge_adapter(trained, llama[1]).config == base.config
 
 
 def test_memory_is_bounded_and_blocks_do_not_show(base, llama, monkeypatch):

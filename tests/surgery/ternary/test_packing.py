@@ -71,6 +71,16 @@ def test_weights_that_are_ternary_already_stay_what_they_are(dtype, size, monkey
     assert Scale(as_tensor(nearly, dtype), "w").value() == pytest.approx(float(nearly.double().abs().mean()), rel=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "least"), [("F32", 1e-40), ("F64", 1e-60), ("F32", 0.0)])
+def test_a_scale_is_never_next_to_nothing(dtype, least):
+    weight = torch.zeros(4, 4, dtype=KINDS[dtype])
+    weight[1, 2] = least
+    scale = Scale(as_tensor(weight, dtype), "w")
+    assert scale.value() == np.float32(1e-5)
+    assert b"".join(scale_tensor(scale, inverse=True).chunks()) == struct.pack("<f", 1 / scale.value())
+    assert (unpack_by_hand(b"".join(packed(scale).chunks()), 4, 4) == 0).all()
+
+
 def test_transformers_packs_the_same():
     integration = pytest.importorskip("transformers.integrations.bitnet")
     weight = weights(64, 48)

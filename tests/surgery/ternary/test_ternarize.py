@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,36 @@ def test_outputs_that_do_not_come_in_fours_are_refused_and_can_be_left_out(tmp_p
         ternarize(model)
     packed = write(ternarize(model, rule=Rule(exclude=["gate_proj$", "up_proj$"])), tmp_path / "packed")
     assert load_model(open_checkpoint(packed), dtype=torch.float32)(input_ids=IDS).logits.isfinite().all()
+
+
+def test_a_head_becomes_ternary_where_it_is_asked_for(saved, tmp_path):
+    rule = Rule(include=["^lm_head$"])
+    folder = write(ternarize(open_checkpoint(saved()), rule=rule), tmp_path / "packed")
+    model = load_model(open_checkpoint(folder), dtype=torch.float32)
+    with torch.inference_mode():
+        found, wanted = (one(input_ids=IDS).logits for one in (model, by_hand(saved(), torch.float32, rule)))
+    assert type(model.lm_head).__name__ == "BitLinear" and torch.equal(found, wanted)
+
+
+def test_embeddings_and_heads_tied_to_them_stay(saved):
+    model = open_checkpoint(saved())
+    with pytest.raises(DowncycleError, match="model.embed_tokens.weight is looked up and no linear map; let no pattern of --include"):
+        ternarize(model, rule=Rule(include=["embed_tokens"]))
+    tied = replace(model, config={**model.config, "tie_word_embeddings": True})
+    with pytest.raises(DowncycleError, match="its head has the weights of the embeddings, which stay floats"):
+        ternarize(tied, rule=Rule(include=["^lm_head$"]))
+    assert ternarize(tied)
+
+
+def test_experts_that_stay_are_named_together(saved, tmp_path):
+    """Transformers asks each name about each module; it takes a name for all below it."""
+    model = open_checkpoint(saved("qwen3_moe"))
+    kept = ternarize(model).config["quantization_config"]["modules_to_not_convert"]
+    layers = {name.partition(".experts.")[0] for name in model.tensors if ".experts." in name}
+    assert [name for name in kept if "experts" in name] == sorted(f"{layer}.experts" for layer in layers) and layers
+    loaded = load_model(open_checkpoint(write(ternarize(model), tmp_path / "packed")), dtype=torch.float32)
+    with torch.inference_mode():
+        assert torch.equal(loaded(input_ids=IDS).logits, by_hand(saved("qwen3_moe"), torch.float32)(input_ids=IDS).logits)
 
 
 def test_what_was_packed_is_not_packed_again(saved, tmp_path):
