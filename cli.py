@@ -29,6 +29,7 @@ from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
 from .surgery.staging import target_path
 from .surgery.verify import verify as verify_folder
+from .surgery.weights import num_parameters
 from .surgery.write import check_free, check_target, write
 from .terminal import (
     Json,
@@ -243,7 +244,7 @@ def _summary(parent: Checkpoint, child: Checkpoint, kept: list[int], plan: Plan,
         "out": target,
         "layers": kept,
         "dropped": sorted(set(range(parent.num_layers)) - set(kept)),
-        "parameters": {"parent": parent.num_elements, "child": child.num_elements},
+        "parameters": {"parent": num_parameters(parent), "child": num_parameters(child)},
         "shards": {shard.name: shard.size for shard in plan.shards},
         "files": sorted(plan.files),
         "bytes": {"read": plan.read_bytes, "write": plan.write_bytes, "download": plan.download_bytes},

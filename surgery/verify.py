@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from .sources import Progress
 OWN = {
     CUT: ("layers", "rule"),
     MERGE: ("adapter", "adapter_revision", "adapter_fingerprint"),
-    TERNARY: ("linear", "include", "exclude"),
+    TERNARY: ("linear", "include", "exclude", "dtype"),
 }
+SHOWN = 60  # characters of a value that differs
 AGAIN = {CUT: "Cut", MERGE: "Merge", TERNARY: "Convert"}
 
 
@@ -185,13 +187,13 @@ def _merge_again(
     return made
 
 
-def _convert_again(parent: Checkpoint, name: str, linear: Any, include: Any, exclude: Any) -> Checkpoint:
+def _convert_again(parent: Checkpoint, name: str, linear: Any, include: Any, exclude: Any, dtype: Any) -> Checkpoint:
     from .ternary.rule import Rule
     from .ternary.ternarize import ternarize
 
     if not all(isinstance(patterns, list) and all(isinstance(one, str) for one in patterns) for patterns in (include, exclude)):
         raise DowncycleError(f"{name}/{LINEAGE}: names no list of patterns; it was changed")
-    return ternarize(parent, linear=str(linear), rule=Rule(include, exclude))
+    return ternarize(parent, linear=str(linear), rule=Rule(include, exclude), dtype=str(dtype))
 
 
 def _are_layers(value: Any) -> bool:
@@ -206,7 +208,9 @@ def differences(expected: Checkpoint, found: Checkpoint, progress: Progress = la
     for key in sorted({*expected.config, *found.config}):
         wanted, there = _spell(expected.config, key), _spell(found.config, key)
         if wanted != there:
-            yield f"config.json: {key} is {there[:60]} instead of {wanted[:60]}"
+            same = len(commonprefix([wanted, there])) if min(len(wanted), len(there)) > SHOWN else 0
+            start = max(0, same - SHOWN // 2)
+            yield f"config.json: {key} is {there[start : start + SHOWN]} instead of {wanted[start : start + SHOWN]}"
     for path, data in expected.files.items():
         if path not in found.files:
             yield f"{path} is missing"

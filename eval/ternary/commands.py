@@ -50,6 +50,7 @@ def ternarize(
     text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Measure the loss before and after on it: as `eval --text`, or 'demo', built in.")
     ] = None,
+    dtype: Annotated[str, typer.Option(metavar="stored|bf16|f16", help="Of embeddings, head and all else that is not packed.")] = "stored",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest safetensors file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model.")] = False,
     revision: Revision = None,
@@ -72,8 +73,10 @@ def ternarize(
     parent = open_checkpoint(src, revision, trust_remote_code=trust_remote_code)
     model = _cut(parent, keep, layers, select)
     rule = Rule(include or (), exclude or ()) if include or exclude else packing.rule_of(model)
+    if include or exclude:
+        packing.check_patterns(model, rule)
     tallies: dict[str, Any] = {}
-    packed = add_card(packing.ternarize(model, linear=linear, rule=rule, tell=tallies.__setitem__), out)
+    packed = add_card(packing.ternarize(model, linear=linear, rule=rule, dtype=dtype, tell=tallies.__setitem__), out)
     plan = plan_write(packed, size := parse_count(max_shard_size, "--max-shard-size"))
     check_target(target_path(out), plan, overwrite)
     notes = _cut_notes(parent, model, include, exclude)

@@ -191,7 +191,7 @@ def _round(values: torch.Tensor, dtype: str, name: str) -> bytes:
         values = _to_odd(values)
     rounded = values.to(getattr(torch, FLOATS[dtype]))
     if not _stays_finite(values, rounded.dtype):
-        raise DowncycleError(f"{name}: not all of its merged numbers are finite in {dtype}; the base or the adapter is broken")
+        raise DowncycleError(f"{name}: not all of its numbers are finite in {dtype}; what it is made from is broken")
     return rounded.view(torch.uint8).numpy().tobytes()
 
 

@@ -1,15 +1,16 @@
 """Which maps of a model become ternary: a rule on module names. Loads nothing.
 
-All linear maps of decoder layers do; embeddings, head, norms, routers and experts that transformers stacks into one tensor do not. A
-pattern is a regular expression, found anywhere in a module's name.
+All linear maps of decoder layers do, and the head where it is asked for; embeddings, norms, routers and experts that transformers stacks
+into one tensor never do. A pattern is a regular expression, found anywhere in a module's name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..adapter.names import is_embedding
 from ..errors import DowncycleError
 from ..stack import OTHER_TOWERS, STACK_WORDS
 
@@ -36,6 +37,15 @@ class Rule:
         """Whether the linear map of this name becomes ternary."""
         if any(re.search(pattern, module) for pattern in self.exclude):
             return False
+        if NEVER.search(module) or is_embedding(module):
+            return False
         if any(re.search(pattern, module) for pattern in self.include):
             return True
-        return bool(IN_LAYER.search(module)) and not OTHER_TOWERS.search(module) and not NEVER.search(module)
+        return bool(IN_LAYER.search(module)) and not OTHER_TOWERS.search(module)
+
+    def idle(self, modules: Iterable[str]) -> list[str]:
+        """Return the patterns that take or leave out none of these linear maps: a slip, or a wish that cannot be granted."""
+        names = list(modules)
+        taken = [name for name in names if self.takes(name)]
+        asked = [(pattern, taken) for pattern in self.include] + [(pattern, names) for pattern in self.exclude]
+        return [pattern for pattern, some in asked if not any(re.search(pattern, name) for name in some)]

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..adapter.lowrank import FLOATS
-from ..adapter.names import HEADS, is_embedding, is_tied
+from ..adapter.lowrank import FLOATS, cast
+from ..adapter.names import HEADS, is_tied
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import DowncycleError
 from ..families import CONV1D
@@ -26,15 +26,20 @@ from .rule import Rule
 LINEAR = ("bitlinear", "autobitlinear")  # transformers' two classes; they read the scale as 1 / s and as s
 NORM = ".rms_norm.weight"  # how the norm before a map is named, behind the map's name
 EPSILON = 1e-6  # of that norm
+STORED = "stored"
+DTYPES = {STORED: "", "bf16": "BF16", "f16": "F16"}  # of what stays floating-point, as safetensors spells it
 EXPERT = re.compile(r"(\.experts)\.[0-9]+\..*")  # one of many, with all below it
 
 
-def ternarize(model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None = None, tell: Tell | None = None) -> Checkpoint:
+def ternarize(
+    model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None = None, dtype: str = STORED, tell: Tell | None = None
+) -> Checkpoint:
     """Return the model with 2-bit weights and a scale in the place of each matrix that the rule takes.
 
     Args:
         linear: the class of transformers that runs it. rule: which maps become ternary; where None is given, those that learnt to be, as
             the config says, or all of the decoder layers.
+        dtype: of what stays floating-point: stored, as it is; bf16 or f16, rounded.
         tell: is told the name and the tally of each matrix, whenever it is packed.
     Raises:
         DowncycleError: packed already; a matrix or a norm that transformers cannot read so; none that the rule takes.
@@ -42,6 +47,8 @@ def ternarize(model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None
     record, rule = read_record(model.config, model.name), rule or rule_of(model)
     if linear not in LINEAR:
         raise DowncycleError(f"--linear {linear}: no such class; choose {' or '.join(LINEAR)}")
+    if dtype not in DTYPES:
+        raise DowncycleError(f"--dtype {dtype}: no such dtype; choose one of {', '.join(DTYPES)}")
     if quantiser := packed_by(model.config):
         raise DowncycleError(f"{model.name}: its weights are packed by {quantiser} already; give the model as it was before")
     if model.config.get("model_type") in CONV1D:
@@ -61,8 +68,13 @@ def ternarize(model: Checkpoint, *, linear: str = "bitlinear", rule: Rule | None
         how |= {"linear_class": "autobitlinear", "quantization_mode": "offline"}
     if normed:
         how |= {"use_rms_norm": True, "rms_norm_eps": EPSILON}
-    lineage = descend(model, TERNARY, linear=linear, include=list(rule.include), exclude=list(rule.exclude))
-    return replace(model, config={**model.config, "quantization_config": how}, tensors=tensors, lineage=lineage)
+    config = {**model.config, "quantization_config": how}
+    if dtype != STORED:
+        floats = {name: tensor for name, tensor in model.tensors.items() if name not in modules and tensor.dtype in FLOATS}
+        tensors |= {name: cast(tensor, DTYPES[dtype], name) for name, tensor in floats.items()}
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = FLOATS[DTYPES[dtype]]
+    lineage = descend(model, TERNARY, linear=linear, include=list(rule.include), exclude=list(rule.exclude), dtype=dtype)
+    return replace(model, config=config, tensors=tensors, lineage=lineage)
 
 
 def rule_of(model: Checkpoint) -> Rule:
@@ -71,10 +83,23 @@ def rule_of(model: Checkpoint) -> Rule:
     return record.rule if record else Rule()
 
 
+def linear_names(model: Checkpoint) -> list[str]:
+    """Name the matrices of a model."""
+    return [name.removesuffix(".weight") for name, tensor in model.tensors.items() if _is_matrix(name, tensor)]
+
+
 def ternary_names(model: Checkpoint, rule: Rule) -> list[str]:
     """Name the linear maps that a rule takes."""
-    names = (name.removesuffix(".weight") for name, tensor in model.tensors.items() if _is_matrix(name, tensor))
-    return [name for name in names if rule.takes(name)]
+    return [name for name in linear_names(model) if rule.takes(name)]
+
+
+def check_patterns(model: Checkpoint, rule: Rule) -> None:
+    """Refuse patterns that take or leave out nothing: they were meant to."""
+    if idle := rule.idle(names := linear_names(model)):
+        raise DowncycleError(
+            f"{idle[0]!r}: no linear map that this pattern takes or leaves out; their names are like {names[-1]}; embeddings, routers and "
+            "experts in one tensor are never ternary"
+        )
 
 
 def ternary_modules(model: Checkpoint, rule: Rule) -> dict[str, Tensor]:
@@ -84,7 +109,7 @@ def ternary_modules(model: Checkpoint, rule: Rule) -> dict[str, Tensor]:
         DowncycleError: none, or one that cannot be packed: what is wrong with it, and how to leave it out.
     """
     found = {name: one for name, one in model.tensors.items() if _is_matrix(name, one) and rule.takes(name.removesuffix(".weight"))}
-    _check_ends(model, rule, found)
+    _check_head(model, rule)
     if not found:
         raise DowncycleError(f"{model.name}: no linear map that becomes ternary; change the patterns of --include and --exclude")
     for name, tensor in found.items():
@@ -98,10 +123,8 @@ def ternary_modules(model: Checkpoint, rule: Rule) -> dict[str, Tensor]:
     return found
 
 
-def _check_ends(model: Checkpoint, rule: Rule, found: Mapping[str, Tensor]) -> None:
-    """Refuse embeddings, which are no linear map, and a head that is tied to them."""
-    if embedding := next((name for name in found if is_embedding(name.removesuffix(".weight"))), None):
-        raise DowncycleError(f"{model.name}: {embedding} is looked up and no linear map; let no pattern of --include take it")
+def _check_head(model: Checkpoint, rule: Rule) -> None:
+    """Refuse a head that is tied to the embeddings."""
     if is_tied(model) and any(rule.takes(head) for head in HEADS):
         raise DowncycleError(
             f"{model.name}: its head has the weights of the embeddings, which stay floats; let no pattern of --include take it"

@@ -1,6 +1,7 @@
 """Two processes, each with half of the batch, get the gradients of one: data parallel and sharded (FSDP2), in float32 and bfloat16."""
 
 import socket
+from itertools import product
 
 import pytest
 
@@ -9,6 +10,7 @@ from torch import nn  # noqa: E402
 
 from downcycle.surgery.ternary.bitlinear import BitLinear, convert, set_strength  # noqa: E402
 
+KINDS = ("data parallel", "sharded")
 STRENGTHS = (0.0, 0.4, 1.0)
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-7}, torch.bfloat16: {"rtol": 2e-2, "atol": 1e-3}}
 
@@ -33,13 +35,13 @@ def gradients(model, batch):
     return found
 
 
-def work(rank, kind, batch, port, file):
+def work(rank, batch, port, file):
     """One of the two processes; the first saves what it found."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    found = {dtype: gradients(spread(make_model(dtype), kind), batch.chunk(2)[rank].to(dtype)) for dtype in CLOSE}
+    found = {kind: {dtype: gradients(spread(make_model(dtype), kind), batch.chunk(2)[rank].to(dtype)) for dtype in CLOSE} for kind in KINDS}
     if rank == 0:
         torch.save(found, file)
     dist.destroy_process_group()
@@ -65,13 +67,12 @@ def free_port():
         return one.getsockname()[1]
 
 
-@pytest.mark.parametrize("kind", ["data parallel", "sharded"])
-def test_two_processes_get_the_gradients_of_one(kind, tmp_path):
+def test_two_processes_get_the_gradients_of_one(tmp_path):
     batch = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
-    torch.multiprocessing.spawn(work, (kind, batch, free_port(), tmp_path / "found.pt"), nprocs=2)
+    torch.multiprocessing.spawn(work, (batch, free_port(), tmp_path / "found.pt"), nprocs=2)
     found = torch.load(tmp_path / "found.pt")
-    for dtype, close in CLOSE.items():
-        for one, other in zip(found[dtype], gradients(make_model(dtype), batch.to(dtype)), strict=True):
+    for kind, (dtype, close) in product(KINDS, CLOSE.items()):
+        for one, other in zip(found[kind][dtype], gradients(make_model(dtype), batch.to(dtype)), strict=True):
             assert one.keys() == other.keys()
             for name in one:
                 assert float(other[name].norm()) > 0

@@ -49,6 +49,19 @@ def test_patterns_narrow_and_widen():
     assert Rule(exclude=[r"layers\.(0|31)\."]).takes("model.layers.30.mlp.up_proj")
 
 
+def test_what_no_program_runs_is_never_taken():
+    for module in ("model.embed_tokens", "model.layers.3.mlp.gate", "model.layers.3.block_sparse_moe.experts.7.w1", "transformer.wte"):
+        assert not Rule(include=["."]).takes(module)
+    assert Rule(include=["."]).takes("lm_head")
+
+
+def test_patterns_that_do_nothing():
+    names = ["lm_head", "model.embed_tokens", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate"]
+    assert Rule(["^lm_head$"], ["up_proj"]).idle(names) == []
+    assert Rule(["embed", "up_proj"], ["down_proj"]).idle(names) == ["embed", "down_proj"]
+    assert Rule(["head"], ["head"]).idle(names) == ["head"]
+
+
 @pytest.mark.parametrize("patterns", [{"include": ["*proj"]}, {"exclude": ["(up"]}])
 def test_what_is_no_pattern_is_refused(patterns):
     with pytest.raises(DowncycleError, match=r"is no regular expression \("):

@@ -15,7 +15,7 @@ from torch import nn  # noqa: E402
 from downcycle import DowncycleError, keep_layers, load_model, open_checkpoint, verify, write  # noqa: E402
 from downcycle.surgery.ternary.bitlinear import convert, set_strength  # noqa: E402
 from downcycle.surgery.ternary.rule import Rule  # noqa: E402
-from downcycle.surgery.ternary.ternarize import LINEAR, ternarize  # noqa: E402
+from downcycle.surgery.ternary.ternarize import LINEAR, check_patterns, ternarize  # noqa: E402
 
 from tiny_models import tiny_config, tiny_model  # noqa: E402
 
@@ -198,8 +198,11 @@ def test_a_head_becomes_ternary_where_it_is_asked_for(saved, tmp_path):
 
 def test_embeddings_and_heads_tied_to_them_stay(saved):
     model = open_checkpoint(saved())
-    with pytest.raises(DowncycleError, match="model.embed_tokens.weight is looked up and no linear map; let no pattern of --include"):
-        ternarize(model, rule=Rule(include=["embed_tokens"]))
+    assert ternarize(model, rule=Rule(include=["embed_tokens"])).tensors.keys() == ternarize(model).tensors.keys()
+    for rule in (Rule(include=["embed_tokens"]), Rule(exclude=["nothing_like_it"]), Rule(include=["norm"]), Rule(["proj"], ["q_prj"])):
+        with pytest.raises(DowncycleError, match="no linear map that this pattern takes or leaves out; their names are like "):
+            check_patterns(model, rule)
+    check_patterns(model, Rule(["^lm_head$"], ["down_proj$"]))
     tied = replace(model, config={**model.config, "tie_word_embeddings": True})
     with pytest.raises(DowncycleError, match="its head has the weights of the embeddings, which stay floats"):
         ternarize(tied, rule=Rule(include=["^lm_head$"]))
@@ -217,6 +220,20 @@ def test_experts_that_stay_are_named_together(saved, tmp_path):
         assert torch.equal(loaded(input_ids=IDS).logits, by_hand(saved("qwen3_moe"), torch.float32)(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_what_stays_floating_point_is_rounded_where_it_is_asked_for(dtype, kind, saved, tmp_path):
+    folder = write(ternarize(open_checkpoint(saved()), dtype=dtype), tmp_path / "packed")
+    plain = load_file(write(ternarize(open_checkpoint(saved())), tmp_path / "plain") / "model.safetensors")
+    found = load_file(folder / "model.safetensors")
+    for name, tensor in plain.items():
+        packed = tensor.dtype == torch.uint8 or name.endswith("_scale")
+        assert torch.equal(found[name], tensor if packed else tensor.to(kind)) and found[name].dtype == (tensor.dtype if packed else kind)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == str(kind).removeprefix("torch.")
+    assert verify(folder).what
+    with torch.inference_mode():
+        assert load_model(open_checkpoint(folder), dtype="auto")(input_ids=IDS).logits.dtype == kind
+
+
 def test_what_was_packed_is_not_packed_again(saved, tmp_path):
     folder = write(ternarize(open_checkpoint(saved())), tmp_path / "packed")
     with pytest.raises(DowncycleError, match="its weights are packed by bitnet already; give the model as it was before"):
@@ -224,6 +241,8 @@ def test_what_was_packed_is_not_packed_again(saved, tmp_path):
 
 
 def test_other_refusals(saved):
+    with pytest.raises(DowncycleError, match="--dtype f8: no such dtype; choose one of stored, bf16, f16"):
+        ternarize(open_checkpoint(saved()), dtype="f8")
     with pytest.raises(DowncycleError, match="--linear bitnet: no such class; choose bitlinear or autobitlinear"):
         ternarize(open_checkpoint(saved()), linear="bitnet")
     with pytest.raises(DowncycleError, match="_proj has a bias, which transformers multiplies with the scale .* take bitlinear"):
