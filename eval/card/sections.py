@@ -49,7 +49,7 @@ def making(facts: Facts) -> str:
         steps += [learnt(facts)] if step.operation == TERNARY and learnt(facts) else []
         steps.append(_step(step, facts))
     if facts.adapter is None and not facts.origin.is_healed and facts.training and not is_converted(facts):
-        steps.append("**Train** what was left, as described below.")
+        steps.append(learnt(facts) or "**Train** what was left, as described below.")
     lines = [f"{place}. {step}" for place, step in enumerate(steps, 1)]
     made = ""
     if facts.made_with and LINEAGE in facts.files:
@@ -162,8 +162,8 @@ def _size(facts: Facts) -> str:
 
 def _state(facts: Facts) -> str:
     """Say whether it was healed, and on what, with the losses that tell how well."""
-    if is_converted(facts):
-        return state(facts)
+    if ternary := state(facts):
+        return ternary
     if facts.origin.kept is None or facts.adapter is not None:
         return ""
     if not facts.is_healed:

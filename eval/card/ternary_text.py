@@ -6,6 +6,7 @@ Writes Markdown from facts; of a model that was not converted here, nothing.
 from __future__ import annotations
 
 from ...surgery.lineage import TERNARY
+from ...surgery.ternary.record import is_latent
 from ...surgery.ternary.warmup import SCHEDULES
 from ..report.numbers import join_words, write_share
 from ..results import all_layers
@@ -29,9 +30,14 @@ def is_converted(facts: Facts) -> bool:
     return facts.adapter is None and any(step.operation == TERNARY for step in facts.origin.steps)
 
 
+def is_beneath(facts: Facts) -> bool:
+    """Whether the weights are the floats beneath ternary ones, as training saves them."""
+    return facts.adapter is None and is_latent(facts.config, facts.name)
+
+
 def learnt(facts: Facts) -> str:
     """Say as a step of the making that the model was trained with ternary weights; empty where it was not."""
-    record = facts.record if is_converted(facts) else None
+    record = facts.record if is_converted(facts) or is_beneath(facts) else None
     if record is None:
         return ""
     how = f", on the schedule `{record.schedule}`" if record.schedule in SCHEDULES else ""
@@ -41,6 +47,12 @@ def learnt(facts: Facts) -> str:
 
 def state(facts: Facts) -> str:
     """Say whether the ternary weights were learnt."""
+    if is_beneath(facts):
+        fell = _fell(facts).replace("; its loss", "; with ternary weights its loss")
+        return (
+            f"It was trained with ternary weights{fell}. Its files hold the floating-point weights beneath them, from which training can "
+            "go on; they are not the model that was trained, which `downcycle ternarize` makes of them."
+        )
     if not is_converted(facts):
         return ""
     record = facts.record
@@ -48,9 +60,12 @@ def state(facts: Facts) -> str:
         return "Its ternary weights were not learnt but rounded: it is of no use but for measuring what that costs."
     far = "" if record.whole else f", but not to the end: λ reached {record.strength:.4g} of 1"
     on = f" on {texts_in_words(facts.training)}" if facts.training and facts.training.texts else ""
+    return f"Its ternary weights were learnt by training it further{on}{far}{_fell(facts)}."
+
+
+def _fell(facts: Facts) -> str:
     losses = eval_losses(facts.training) if facts.training else []
-    fell = f"; its loss on held-out text went from {losses[0]:.4f} to {losses[-1]:.4f}" if len(losses) > 1 else ""
-    return f"Its ternary weights were learnt by training it further{on}{far}{fell}."
+    return f"; its loss on held-out text went from {losses[0]:.4f} to {losses[-1]:.4f}" if len(losses) > 1 else ""
 
 
 def weights(facts: Facts) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...surgery.checkpoint import Checkpoint
+from ...surgery.lineage import CUT
 from ...surgery.ternary.record import Record, read_record
 from ...surgery.ternary.rule import Rule
 from ...surgery.ternary.tally import Tally
@@ -46,6 +47,8 @@ def warnings(model: Checkpoint, rule: Rule, tally: Tally | None, losses: Losses 
             f"{model.name} was not trained with ternary weights to the end ({reached}){changed}, and the packed model is worse than what "
             "was measured while it trained; train on until lambda is 1"
         )
+    if record and model.lineage and model.lineage.get("operation", CUT) == CUT:  # what training saves has no lineage
+        lines.append(f"{model.name} was cut after its training with ternary weights, and not trained since: expect worse than was measured")
     if record:
         lines += _other_maps(model, record.rule, rule)
     return lines + ([loss_words(losses, record)] if losses else [])

@@ -155,8 +155,9 @@ def test_other_maps_than_in_training_are_named(downcycle, learnt):
 
 def test_patterns_that_number_layers_and_a_cut(downcycle, learnt):
     learnt(exclude=[r"layers\.1\."])
-    (note,) = notes(downcycle("ternarize", "small", "--out", "packed", "--keep", 1))
-    assert r"may number layers (layers\.1\.), and the cut renumbers them" in note
+    numbered, cut = notes(downcycle("ternarize", "small", "--out", "packed", "--keep", 1))
+    assert r"may number layers (layers\.1\.), and the cut renumbers them" in numbered
+    assert "was cut after its training with ternary weights, and not trained since" in cut
 
 
 def test_the_loss_of_one_that_learnt(downcycle, learnt, text):
