@@ -13,12 +13,17 @@ from ..checkpoint import Checkpoint
 from ..errors import DowncycleError
 from ..families import read_config
 from ..quantizer import packed_by
-from .rope import rope_fields, stated_rope
+from .numbers import number, whole
+from .rope import rope_fields, rotary_part, stated_rope
 
 Config = dict[str, Any]
 Fields = dict[str, Any]
 
 SLIDING = "sliding_attention"
+PART = ("gpt_neox", "stablelm")  # where a part of each head's dimensions may be turned
+NEEDED = "hidden_size intermediate_size vocab_size num_hidden_layers num_attention_heads max_position_embeddings"
+OTHERS = "num_key_value_heads head_dim sliding_window num_local_experts num_experts num_experts_per_tok moe_intermediate_size"
+OTHERS += " shared_expert_intermediate_size"
 
 
 def _nothing(config: Config) -> Fields:
@@ -52,11 +57,15 @@ def architecture(model: Checkpoint) -> tuple[Architecture, Config]:
         raise DowncycleError(
             f"{model.name}: {family} is no family whose GGUF was verified in llama.cpp; those are {', '.join(ARCHITECTURES)}"
         )
-    config, found = whole_config(model), ARCHITECTURES[family]
-    for name, needed in found.agrees(config).items():
+    config, found = _checked(whole_config(model)), ARCHITECTURES[family]
+    for name, needed in {**found.agrees(config), "use_bidirectional_attention": False}.items():
         if config.get(name) not in (needed if isinstance(needed, tuple) else (needed, None)):
             wanted = " or ".join(map(repr, needed)) if isinstance(needed, tuple) else repr(needed)
             raise DowncycleError(f"{model.name}: {name} is {config.get(name)!r}, and llama.cpp runs {family} with {wanted} only")
+    if rotary_part(config) != 1 and family not in PART:
+        raise DowncycleError(
+            f"{model.name}: turns only {rotary_part(config):.0%} of each head (partial_rotary_factor), and llama.cpp all of it"
+        )
     if packed_by(model.config) not in ("", "bitnet"):
         raise DowncycleError(f"{model.name}: its weights are packed by {packed_by(model.config)}; give the model as it was before")
     return found, config
@@ -72,6 +81,12 @@ def whole_config(model: Checkpoint) -> Config:
         raise DowncycleError(f"{model.name}: transformers refuses its config.json; mend it")
     whole: Config = known.to_dict()
     return whole
+
+
+def _checked(config: Config) -> Config:
+    """Return a config whose counts are whole numbers; those that are 0 or null are left as they are where a family can do without."""
+    names = [*NEEDED.split(), *(name for name in OTHERS.split() if config.get(name))]
+    return {**config, **{name: whole(config, name) for name in names}}
 
 
 def metadata(arch: Architecture, config: Config) -> Fields:
@@ -114,17 +129,17 @@ def _context(arch: Architecture, config: Config) -> int:
 
 
 def _epsilon(config: Config) -> Fields:
-    if config.get("rms_norm_eps") is not None:
-        return {"attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"])}
-    value = next(config[name] for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps") if name in config)
-    return {"attention.layer_norm_epsilon": float(value)}
+    name = next((name for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps") if name in config), "")
+    if not name or "rms_norm_eps" in config:
+        return {"attention.layer_norm_rms_epsilon": number(config, "rms_norm_eps")}
+    return {"attention.layer_norm_epsilon": number(config, name)}
 
 
 def _experts(config: Config) -> Fields:
-    count = config.get("num_local_experts") or config.get("num_experts")
+    count = whole(config, "num_local_experts" if config.get("num_local_experts") else "num_experts")
     sizes = {"expert_feed_forward_length": "moe_intermediate_size", "expert_shared_feed_forward_length": "shared_expert_intermediate_size"}
     inner = {key: config[name] for key, name in sizes.items() if config.get(name)}
-    return {"expert_count": count, "expert_used_count": config["num_experts_per_tok"], **inner}
+    return {"expert_count": count, "expert_used_count": whole(config, "num_experts_per_tok"), **inner}
 
 
 def _all_sparse(config: Config) -> Fields:
@@ -133,8 +148,8 @@ def _all_sparse(config: Config) -> Fields:
 
 def _gemma2(config: Config) -> Fields:
     return {
-        "attn_logit_softcapping": float(config["attn_logit_softcapping"]),
-        "final_logit_softcapping": float(config["final_logit_softcapping"]),
+        "attn_logit_softcapping": number(config, "attn_logit_softcapping"),
+        "final_logit_softcapping": number(config, "final_logit_softcapping"),
     }
 
 
@@ -145,7 +160,7 @@ def _gemma_scale(config: Config, whole: int) -> Fields:
 
 
 def _gemma3(config: Config) -> Fields:
-    return {"rope.freq_base_swa": float(config["rope_parameters"][SLIDING]["rope_theta"])}
+    return {"rope.freq_base_swa": number(config["rope_parameters"][SLIDING], "rope_theta")}
 
 
 def _every(config: Config, period: int) -> list[str]:
@@ -156,7 +171,7 @@ def _every(config: Config, period: int) -> list[str]:
 def _granite(config: Config) -> Fields:
     names = {"attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier"}
     names |= {"residual_scale": "residual_multiplier", "logit_scale": "logits_scaling"}
-    return {key: float(config[name]) for key, name in names.items()}
+    return {key: number(config, name) for key, name in names.items()}
 
 
 def _neox(config: Config) -> Fields:
@@ -195,7 +210,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gemma3",
         add=1.0,
         fields=_gemma3,
-        agrees=lambda c: {**GELU, **_gemma_scale(c, 62), "layer_types": _every(c, 6), "final_logit_softcapping": None},
+        agrees=lambda c: {
+            **GELU,
+            **_gemma_scale(c, 62),
+            "layer_types": _every(c, 6),
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+        },
         period=6,
     ),
     "smollm3": Architecture("smollm3", rotated=True, agrees=lambda c: {**SILU, "no_rope_layers": _smollm3(c)}),

@@ -32,7 +32,8 @@ UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 class Encoder:
     """The bytes of one GGUF tensor: matrices one after the other, as one kind. add: to each number, before all.
 
-    rounded: how many numbers are not exactly what they were; counted while `chunks` runs.
+    rounded: how many numbers are not exactly what they were; counted while `chunks` runs. rescaled: by how much, relatively, a ternary
+    tensor's scale changes where it is rounded to float16.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Encoder:
     matrices: tuple[Matrix, ...]
     add: float = 0.0
     rounded: int = field(default=0, init=False)
+    rescaled: float = field(default=0.0, init=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,7 +65,7 @@ class Encoder:
         Raises:
             DowncycleError: a number that the kind cannot hold.
         """
-        self.rounded = 0
+        self.rounded, self.rescaled = 0, 0.0
         for matrix in self.matrices:
             yield from self._ternary(matrix) if self.kind in PACK else self._floats(matrix)
 
@@ -71,6 +73,8 @@ class Encoder:
         dtype, scale = matrix.weight.dtype, matrix.value() if matrix.scale else None
         for block in matrix.blocks():
             if dtype == self.kind.upper() and not self.add:
+                if not _all_finite(block):
+                    raise DowncycleError(f"{self.name}: holds NaN or infinity; mend the model")
                 yield block.tobytes()
             elif block.itemsize == 2 and self.kind != "f32" and not self.add:
                 stored, faults = _table(dtype, self.kind)
@@ -101,8 +105,18 @@ class Encoder:
             else:
                 raise DowncycleError(f"{self.name}: holds codes that are no ternary weights; the file is damaged, fetch it again")
             yield PACK[self.kind](np.ascontiguousarray(codes), scale, self.name)
+        if self.kind != "i2_s" and scale:
+            self.rescaled = max(self.rescaled, abs(float(np.float16(scale)) / float(scale) - 1))
         if self.kind == "i2_s":
             yield scale.tobytes() + bytes(TAIL - 4)
+
+
+def _all_finite(block: Array) -> bool:
+    """Whether no number is NaN or infinity; BF16 comes as uint16. By the exponent's bits where there are 16: that is faster."""
+    if block.itemsize > 2:
+        return bool(np.isfinite(block).all())
+    exponent = np.uint16(0x7C00 if block.dtype == np.float16 else 0x7F80)
+    return bool(((block.view(np.uint16) & exponent) != exponent).all())
 
 
 def _round(numbers: Array, exact: Array, kind: Kind) -> tuple[Array, Array]:

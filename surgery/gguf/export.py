@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import DowncycleError
+from ..filenames import CONFIG
 from ..sources import Progress
 from ..staging import staging_path, target_path, what_failed
 from ..transfer import write_computed
 from .architectures import architecture, metadata, window_note
 from .kinds import TYPES, Kind
+from .numbers import reading
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -74,14 +76,17 @@ def plan_gguf(model: Checkpoint, kind: Kind) -> Plan:
         raise DowncycleError("writing GGUF files needs the gguf package: pip install 'downcycle[gguf]'") from error
     from .general import add_fields, general_fields
     from .layout import lay_out
-    from .tokenizer import tokenizer_fields
+    from .tokenizer import VOCABULARY, tokenizer_fields
 
-    arch, config = architecture(model)
+    with reading(f"{model.name}/{CONFIG}"):
+        arch, config = architecture(model)
+        fields = metadata(arch, config)
     layout = lay_out(model, arch, config, kind)
+    with reading(f"{model.name}/{VOCABULARY}"):
+        tokenizer, differences = tokenizer_fields(model, config["vocab_size"])
     writer = GGUFWriter(None, arch.name)
-    add_fields(writer, "general", general_fields(model, TYPES[kind].file))
-    add_fields(writer, arch.name, metadata(arch, config))
-    tokenizer, differences = tokenizer_fields(model, config["vocab_size"])
+    add_fields(writer, "general", general_fields(model, TYPES[kind].file, tokenizer["ggml.tokens"]))
+    add_fields(writer, arch.name, fields)
     add_fields(writer, "tokenizer", tokenizer)
 
     for tensor in layout.tensors:
@@ -217,6 +222,8 @@ def _rounding(plan: Plan) -> Iterator[str]:
         if changed:
             count, whole = sum(tensor.rounded for tensor in changed), sum(tensor.numbers for tensor in changed)
             yield f"{count:,} of {whole:,} numbers of {len(changed)} tensors were rounded to {kind.upper()}"
+    if scales := [tensor.rescaled for tensor in plan.tensors if tensor.rescaled]:
+        yield f"the scales of {len(scales)} ternary tensors were rounded to float16, which changes them by {100 * max(scales):.2g}% at most"
 
 
 def _flush(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -10,10 +11,19 @@ from gguf import GGML_QUANT_VERSION, GGUFValueType, GGUFWriter
 
 from ..checkpoint import Checkpoint
 
+PHI3, PHI3_TOKENS = re.compile(r"(phi)-?(3)", re.IGNORECASE), {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 
-def general_fields(model: Checkpoint, file_type: int) -> dict[str, Any]:
-    """Return name, type and base model by key."""
-    fields = {"type": "model", "name": PurePath(model.name).name or model.name, "file_type": file_type}
+
+def general_fields(model: Checkpoint, file_type: int, tokens: list[str]) -> dict[str, Any]:
+    """Return name, type and base model by key.
+
+    llama.cpp trims spaces as Phi-3's tokenizer does in every model whose name tells of it, and breaks off where these tokens are missing:
+    the name of another one is spelled otherwise.
+    """
+    name = PurePath(model.name).name or model.name
+    if model.config.get("model_type") != "phi3" or not set(tokens) >= PHI3_TOKENS:
+        name = PHI3.sub(r"\1_\2", name)
+    fields = {"type": "model", "name": name, "file_type": file_type}
     fields["quantization_version"] = GGML_QUANT_VERSION
     if base := _base(model.lineage):
         fields |= {"base_model.count": 1, "base_model.0.name": PurePath(base).name}

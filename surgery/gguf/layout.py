@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
@@ -15,13 +15,14 @@ import numpy as np
 from ..checkpoint import Checkpoint, Tensor
 from ..errors import DowncycleError
 from ..quantizer import packed_by
-from ..ternary.record import read_record
-from ..weights import FOUR, is_inverse, scaled_bias, ternary_matrices
+from ..ternary.record import is_latent
+from ..weights import FOUR, is_inverse, scale_of, scaled_bias, ternary_matrices
 from .architectures import Architecture, Config
 from .encode import Encoder, ternary_codes
 from .kinds import TERNARY, TYPES, Kind
 from .rope import rope_factors
 from .rows import UNITS, Array, Matrix
+from .tensors import OWN_HEAD, check_tensors, repeated_head
 
 EXPERT = re.compile(r"model\.layers\.([0-9]+)\.(?:mlp|block_sparse_moe)\.experts\.([0-9]+)\.(\w+)\.weight")
 EXPERT_PARTS = {"w1": "gate", "gate_proj": "gate", "w2": "down", "down_proj": "down", "w3": "up", "up_proj": "up"}
@@ -45,21 +46,13 @@ def lay_out(model: Checkpoint, arch: Architecture, config: Config, kind: Kind) -
         DowncycleError: a tensor that llama.cpp has no place for, or nothing that is ternary where the kind wants it.
     """
     _check_packing(model)
-    ids = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(ids[arch.name], config["num_hidden_layers"])
-    found: dict[str, dict[int, Matrix]] = defaultdict(dict)
-    for name, tensor in model.tensors.items():
-        if name.endswith("weight_scale") or BUFFERS.search(name) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
-            continue
-        new, place = _new_name(name, names, model.name)
-        if place in found[new]:
-            raise DowncycleError(f"{model.name}: two tensors of it are {new} for llama.cpp, one of them {name}; mend the checkpoint")
-        found[new][place] = _matrix(model, name, tensor, arch, config)
-    if factors := rope_factors(config, config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]):
-        found["rope_freqs.weight"][0] = Matrix(Tensor("F32", (len(factors) // 4,), lambda: [factors]))
+    found = _places(model, arch, config)
+    check_tensors(model, config, {new: {name: _shape(model, name) for name in parts.values()} for new, parts in found.items()})
     whole = {
-        name: tuple(parts[place] for place in range(len(parts))) for name, parts in found.items() if _complete(name, parts, config, model)
+        new: tuple(_matrix(model, name, arch, config) for name in _complete(new, parts, config, model)) for new, parts in found.items()
     }
+    if factors := rope_factors(config, config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]):
+        whole["rope_freqs.weight"] = (Matrix(Tensor("F32", (len(factors) // 4,), lambda: [factors])),)
     kinds = {name: _kind(name, matrices, kind) for name, matrices in whole.items()}
     notes = _ternary_notes(model, whole, kinds, kind) if kind in TERNARY else _latent_note(model)
     add = {name: arch.add if "_norm" in name else 0.0 for name in whole}
@@ -81,6 +74,24 @@ def _check_packing(model: Checkpoint) -> None:
         )
 
 
+def _places(model: Checkpoint, arch: Architecture, config: Config) -> dict[str, dict[int, str]]:
+    """Return the names of tensors by llama.cpp's names, and by their places among the experts of one."""
+    ids = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(ids[arch.name], config["num_hidden_layers"])
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    repeated = repeated_head(model, config)
+    for name in model.tensors:
+        if name.endswith("weight_scale") or BUFFERS.search(name) or name == repeated:
+            continue
+        new, place = _new_name(name, names, model.name)
+        if place in found[new]:
+            raise DowncycleError(f"{model.name}: two tensors of it are {new} for llama.cpp, one of them {name}; mend the checkpoint")
+        found[new][place] = name
+    if config.get("tie_word_embeddings") and config["model_type"] in OWN_HEAD and "token_embd.weight" in found:
+        found.setdefault("output.weight", found["token_embd.weight"])
+    return found
+
+
 def _new_name(name: str, names: gguf.TensorNameMap, model: str) -> tuple[str, int]:
     """Return what llama.cpp calls a tensor, and its place among the experts of one."""
     if (match := EXPERT.fullmatch(name)) and match[3] in EXPERT_PARTS:
@@ -91,8 +102,8 @@ def _new_name(name: str, names: gguf.TensorNameMap, model: str) -> tuple[str, in
     return new, 0
 
 
-def _complete(name: str, parts: dict[int, Matrix], config: Config, model: Checkpoint) -> tuple[Matrix, ...]:
-    """Return the experts of a tensor in their order, or the one matrix that it is."""
+def _complete(name: str, parts: dict[int, str], config: Config, model: Checkpoint) -> tuple[str, ...]:
+    """Name the experts of a tensor in their order, or the one matrix that it is."""
     experts = config.get("num_local_experts") or config.get("num_experts") or 1
     needed = experts if "_exps." in name else 1
     if sorted(parts) != list(range(needed)):
@@ -100,12 +111,17 @@ def _complete(name: str, parts: dict[int, Matrix], config: Config, model: Checkp
     return tuple(parts[place] for place in range(needed))
 
 
-def _matrix(model: Checkpoint, name: str, tensor: Tensor, arch: Architecture, config: Config) -> Matrix:
-    scale = model.tensors.get(f"{name}_scale")
+def _shape(model: Checkpoint, name: str) -> tuple[int, ...]:
+    """Return the shape of a tensor as numbers: four rows of a packed one lie in one."""
+    shape = model.tensors[name].shape
+    return (shape[0] * FOUR, *shape[1:]) if shape and scale_of(name) in model.tensors else shape
+
+
+def _matrix(model: Checkpoint, name: str, arch: Architecture, config: Config) -> Matrix:
+    tensor, scale = model.tensors[name], model.tensors.get(scale_of(name))
     if tensor.dtype not in UNITS or (tensor.dtype == "U8") != (scale is not None):
         raise DowncycleError(f"{model.name}: {name} holds {tensor.dtype}, which is neither floating-point nor a packed ternary matrix")
-    rows = tensor.shape[0] * (FOUR if scale else 1) if tensor.shape else 0
-    return Matrix(tensor, scale, is_inverse(model.config), _order(name, rows, arch, config))
+    return Matrix(tensor, scale, is_inverse(model.config), _order(name, _shape(model, name)[0], arch, config))
 
 
 def _order(name: str, rows: int, arch: Architecture, config: Config) -> Array | None:
@@ -131,11 +147,11 @@ def _kind(name: str, matrices: tuple[Matrix, ...], kind: Kind) -> Kind:
 
 
 def _is_ternary(matrix: Matrix) -> bool:
-    """Whether a matrix begins with ternary weights; whether it goes on so is seen when it is written."""
+    """Whether a matrix begins with ternary weights, in its own order of rows; whether it goes on so is seen when it is written."""
     if matrix.scale:
         return True
     try:
-        ternary_codes(next(matrix.blocks()), matrix.weight.dtype, np.float32(0), "")
+        ternary_codes(next(replace(matrix, order=None).blocks()), matrix.weight.dtype, np.float32(0), "")
     except DowncycleError:
         return False
     return True
@@ -163,8 +179,7 @@ def _ternary_notes(model: Checkpoint, whole: dict[str, tuple[Matrix, ...]], kind
 
 def _latent_note(model: Checkpoint) -> tuple[str, ...]:
     """Say that floats are not what a ternary training trained."""
-    record = read_record(model.config, model.name)
-    if record is None or packed_by(model.config):
+    if not is_latent(model.config, model.name):
         return ()
     return (f"{model.name} was trained with ternary weights, and these are the floats beneath them; what was trained: downcycle ternarize",)
 

@@ -7,6 +7,7 @@ import struct
 from typing import Any
 
 from ..errors import DowncycleError
+from .numbers import number, whole
 
 Config = dict[str, Any]
 KNOWN = ("default", "linear", "yarn", "llama3")
@@ -28,6 +29,12 @@ def stated_rope(config: Config) -> Config:
     return rope if {"rope_theta", "rope_type"} <= rope.keys() else {}
 
 
+def rotary_part(config: Config) -> float:
+    """Return which part of a head's dimensions is turned."""
+    named = {"partial_rotary_factor": rope_of(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0}
+    return number(named, "partial_rotary_factor")
+
+
 def rope_fields(config: Config, head: int) -> dict[str, Any]:
     """Return the metadata of a rope by key, without the architecture's name in front.
 
@@ -38,10 +45,9 @@ def rope_fields(config: Config, head: int) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     if kind not in KNOWN:
         raise DowncycleError(f"rope_type {kind}: not known here, so its GGUF would be wrong; known are {', '.join(KNOWN)}")
-    part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    fields = {"rope.dimension_count": int(head * part), "rope.freq_base": float(rope["rope_theta"])}
+    fields = {"rope.dimension_count": int(head * rotary_part(config)), "rope.freq_base": number(rope, "rope_theta")}
     if kind in ("linear", "yarn"):
-        fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+        fields |= {"rope.scaling.type": kind, "rope.scaling.factor": number(rope, "factor")}
     return fields | (_yarn(config, rope) if kind == "yarn" else {})
 
 
@@ -51,9 +57,12 @@ def _yarn(config: Config, rope: Config) -> dict[str, Any]:
         raise DowncycleError("rope_type yarn with other betas than 32 and 1, which llama.cpp takes for granted: its GGUF would be wrong")
     if rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False:
         raise DowncycleError("rope_type yarn with mscale, or without truncate: not known here, so its GGUF would be wrong")
-    fields = {"rope.scaling.original_context_length": rope.get("original_max_position_embeddings") or config["max_position_embeddings"]}
+    stated = (
+        rope if rope.get("original_max_position_embeddings") else {"original_max_position_embeddings": config["max_position_embeddings"]}
+    )
+    fields: dict[str, Any] = {"rope.scaling.original_context_length": whole(stated, "original_max_position_embeddings")}
     if rope.get("attention_factor") is not None:
-        fields["rope.scaling.attn_factor"] = float(rope["attention_factor"]) / (0.1 * math.log(rope["factor"]) + 1)
+        fields["rope.scaling.attn_factor"] = number(rope, "attention_factor") / (0.1 * math.log(number(rope, "factor")) + 1)
     return fields
 
 
@@ -65,10 +74,15 @@ def rope_factors(config: Config, head: int) -> bytes:
     rope = rope_of(config)
     if rope.get("rope_type") != "llama3":
         return b""
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    factor, low, high = (number(rope, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    longest, base = whole(rope, "original_max_position_embeddings"), number(rope, "rope_theta")
+    if not (factor > 0 and high > low and base > 0):
+        raise DowncycleError(
+            f"rope_type llama3 with the factors {factor}, {low} and {high} and the base {base}: no such rope; mend config.json"
+        )
     factors = []
     for index in range(0, head, 2):
-        turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** (index / head))
+        turns = longest / (2 * math.pi * base ** (index / head))
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         factors.append(1 / ((1 - smooth) / factor + smooth))
     return struct.pack(f"<{len(factors)}f", *factors)

@@ -61,18 +61,39 @@ class Matrix:
 
     def blocks(self) -> Iterator[Array]:
         """Yield blocks [some rows, numbers of a row]: as they are stored, BF16 as uint16, or codes 0, 1 and 2 of packed weights, uint8."""
-        rows, read = self.shape[0], self._reader()
+        rows = self.shape[0]
         step = max(1, BLOCK // max(self.width, 1))
+        if not isinstance(self.weight.data, Span) and not self.scale and self.order is None:
+            yield from self._computed(step)
+            return
+        read = self._reader()
         for first in range(0, rows, step):
             wanted = np.arange(first, min(first + step, rows)) if self.order is None else self.order[first : first + step]
             yield _unpacked(read, self.weight.shape[0], wanted) if self.scale else _picked(read, wanted)
 
+    def _computed(self, step: int) -> Iterator[Array]:
+        """Yield so many rows at a time of a tensor that is computed, as its bytes come."""
+        unit, held = UNITS[self.weight.dtype], bytearray()
+        size = step * self.width * np.dtype(unit).itemsize
+        for chunk in self.weight.chunks():
+            held += chunk
+            for first in range(0, len(held) - size + 1, size):
+                yield np.frombuffer(bytes(held[first : first + size]), unit).reshape(-1, self.width)
+            del held[: len(held) // size * size]
+        if held:
+            yield np.frombuffer(bytes(held), unit).reshape(-1, self.width)
+
     def _reader(self) -> Reader:
-        """Return what reads rows [first, end) as they are stored; it holds a packed matrix, or a computed one, in memory."""
+        """Return what reads rows [first, end) as they are stored; it holds a packed matrix, or a computed one whose rows are to be put in
+        another order, in memory.
+        """
         data, rows, unit = self.weight.data, self.weight.shape[0], UNITS[self.weight.dtype]
         if isinstance(data, Span) and not self.scale:
             return lambda first, end: _as_rows(_part(data, rows, first, end), unit, end - first)
-        whole = _as_rows(b"".join(self.weight.chunks()), unit, rows)
+        held = bytearray()
+        for chunk in self.weight.chunks():
+            held += chunk
+        whole = _as_rows(held, unit, rows)
         return lambda first, end: whole[first:end]
 
 
@@ -81,7 +102,7 @@ def _part(span: Span, rows: int, first: int, end: int) -> bytes:
     return span.source.read(span.path, span.start + first * size, (end - first) * size)
 
 
-def _as_rows(data: bytes, unit: type, rows: int) -> Array:
+def _as_rows(data: bytes | bytearray, unit: type, rows: int) -> Array:
     return np.frombuffer(data, unit).reshape(rows, -1)
 
 

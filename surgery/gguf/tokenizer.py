@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from ..checkpoint import Checkpoint, file_bytes
@@ -14,6 +15,8 @@ from .sentencepiece import CONTROL, NORMAL, UNKNOWN, UNSCORED, UNUSED, USER_DEFI
 Fields = dict[str, Any]
 
 VOCABULARY, PIECES, TEMPLATE = "tokenizer.json", "tokenizer.model", "chat_template.jinja"
+NAMED, DEFAULT = re.compile(r"additional_chat_templates/(.+)\.jinja"), "default"
+LETTERS = re.compile(r"[^A-Za-z0-9]")  # which no name of a template has in GGUF
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names, and GGUF's
 
 # By what a tokenizer.json does: where llama.cpp, whose tokens are else the same, does it otherwise.
@@ -121,14 +124,22 @@ def _added(tokenizer: Fields, settings: Fields) -> Fields:
 
 def _templates(model: Checkpoint, settings: Fields) -> Fields:
     """Return the chat template, and others under their names."""
-    templates = file_bytes(model.files[TEMPLATE]).decode() if TEMPLATE in model.files else settings.get("chat_template")
-    if not isinstance(templates, list):
-        return {"chat_template": templates} if templates else {}
-    named = {one["name"]: one["template"] for one in templates}
-    others = {f"chat_template.{name}": text for name, text in named.items() if name != "default"}
-    return (
-        ({"chat_template": named["default"]} if "default" in named else {}) | others | ({"chat_templates": list(named)} if others else {})
-    )
+    files = {path: DEFAULT for path in model.files if path == TEMPLATE}
+    files |= {path: match[1] for path in sorted(model.files) if (match := NAMED.fullmatch(path))}
+    stated = settings.get("chat_template") or []
+    named = {one["name"]: one["template"] for one in stated} if isinstance(stated, list) else {DEFAULT: stated}
+    if files:  # transformers then passes over what tokenizer_config.json says
+        named = {name: _text(model, path) for path, name in files.items()}
+    others = {LETTERS.sub("_", name): text for name, text in named.items() if name != DEFAULT}
+    fields: Fields = {"chat_template": named[DEFAULT]} if DEFAULT in named else {}
+    return fields | {f"chat_template.{name}": text for name, text in others.items()} | ({"chat_templates": list(others)} if others else {})
+
+
+def _text(model: Checkpoint, path: str) -> str:
+    try:
+        return file_bytes(model.files[path]).decode()
+    except UnicodeDecodeError as error:
+        raise DowncycleError(f"{model.name}/{path}: no text in UTF-8; fetch it again") from error
 
 
 def _json(model: Checkpoint, path: str) -> Fields:

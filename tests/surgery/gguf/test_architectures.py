@@ -1,6 +1,7 @@
 """Each family in real llama.cpp against transformers: the probabilities of the next token, after short and long prompts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,8 @@ from downcycle.surgery.choose import first  # noqa: E402
 from downcycle.surgery.errors import DowncycleError  # noqa: E402
 from downcycle.surgery.gguf.architectures import ARCHITECTURES, STATED, metadata, whole_config  # noqa: E402
 from downcycle.surgery.gguf.export import write_gguf  # noqa: E402
+from downcycle.surgery.gguf.general import general_fields  # noqa: E402
+from downcycle.surgery.gguf.tensors import LAYERS  # noqa: E402
 from downcycle.surgery.layers import keep_layers  # noqa: E402
 from downcycle.surgery.model import load_model  # noqa: E402
 from downcycle.surgery.write import write  # noqa: E402
@@ -30,6 +33,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
 SCALES = {"attention_multiplier": 0.1, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+TIED = {"tie_word_embeddings": True}
 TURNED = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
 EXACT, GELU = 1e-4, 1e-2  # llama.cpp looks GELU up in a table of float16
 CASES = {
@@ -62,6 +66,15 @@ CASES = {
     "seed_oss": ("seed_oss", {"head_dim": 16}, EXACT),
     "granite": ("granite", SCALES, EXACT),
     "stablelm": ("stablelm", {}, EXACT),
+    "granite, biases": ("granite", {**SCALES, "attention_bias": True, "mlp_bias": True}, EXACT),
+    "seed_oss, no biases": ("seed_oss", {"head_dim": 16, "attention_bias": False}, EXACT),
+    "gemma3_text, not tied": ("gemma3_text", {**GEMMA, "num_hidden_layers": 7, "tie_word_embeddings": False}, GELU),
+    "phi3, tied": ("phi3", TIED, EXACT),
+    "gpt_neox, tied": ("gpt_neox", {**TIED, "num_key_value_heads": 4}, GELU),
+    "olmo2, tied": ("olmo2", TIED, EXACT),
+    "qwen2_moe, tied, no biases": ("qwen2_moe", {**TIED, **EXPERTS, "shared_expert_intermediate_size": 48, "qkv_bias": False}, EXACT),
+    "stablelm, tied": ("stablelm", TIED, EXACT),
+    "qwen3, tied": ("qwen3", {**TIED, "head_dim": 32}, EXACT),
     "stablelm, parallel": ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True, "partial_rotary_factor": 0.5}, EXACT),
 }
 PROMPTS = [np.random.default_rng(3).integers(10, 4000, length).tolist() for length in (5, 120)]
@@ -80,7 +93,26 @@ def test_llama_cpp_computes_what_transformers_does(saved, scores, name, tmp_path
 
 
 def test_every_family_is_tried():
-    assert {family for family, _, _ in CASES.values()} == set(ARCHITECTURES)
+    assert {family for family, _, _ in CASES.values()} == set(ARCHITECTURES) == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", ["phi3", "My-Phi-3-mini"])
+def test_a_name_changes_nothing(name, saved, scores, tmp_path, quiet):
+    """llama.cpp handles the tokens of a model so named as Phi-3's, and breaks off where those are missing."""
+    model, folder = saved("llama", name)
+    write_gguf(open_checkpoint(folder), tmp_path / "model.gguf", "f32")
+    found = np.array(llama_cpp.run(tmp_path / "model.gguf", PROMPTS[:1], 4096)["scores"])
+    assert np.abs(found - np.array(scores(model, PROMPTS[:1]))).max() < EXACT
+
+
+def test_only_a_phi3_is_called_so():
+    demo = open_checkpoint("demo")
+    named = replace(demo, name="MS/Phi-3-mini")
+    phi3 = replace(named, config={**demo.config, "model_type": "phi3"})
+    tokens = ["</s>", "<unk>", "<s>", "<|endoftext|>", "a"]
+    names = [general_fields(model, 1, tokens)["name"] for model in (named, phi3, demo)]
+    assert names == ["Phi_3-mini", "Phi-3-mini", "demo"]
+    assert general_fields(phi3, 1, tokens[1:])["name"] == "Phi_3-mini"
 
 
 @pytest.mark.parametrize("count", [9, 12])
@@ -122,6 +154,24 @@ def test_a_config_that_states_all_is_read_as_transformers_reads_it(family, saved
         ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}, "mlp_only_layers"),
         ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}, "no_rope_layers"),
         ("starcoder2", {"use_bias": False}, "use_bias"),
+        ("gemma", {"head_dim": 32, "attention_bias": True}, r"no place for model.layers.\d.self_attn.\w_proj.bias in the family gemma"),
+        ("gemma2", {**GEMMA, "attention_bias": True}, "no place for .* in the family gemma2"),
+        ("gemma3_text", {**GEMMA, "num_hidden_layers": 7, "attention_bias": True}, "no place for .* in the family gemma3_text"),
+        ("arcee", {"attention_bias": True}, "no place for .* in the family arcee"),
+        ("arcee", {"mlp_bias": True}, "no place for .* in the family arcee"),
+        ("smollm3", {"attention_bias": True}, "no place for .* in the family smollm3"),
+        ("smollm3", {"mlp_bias": True}, "no place for .* in the family smollm3"),
+        ("seed_oss", {"head_dim": 16, "attention_out_bias": True}, "no place for .*o_proj.bias in the family seed_oss"),
+        ("seed_oss", {"head_dim": 16, "mlp_bias": True}, "no place for .* in the family seed_oss"),
+        ("gpt_neox", {"num_key_value_heads": 4, "attention_bias": False}, "needs blk.0.attn_qkv.bias, which is not there"),
+        ("gemma", {"head_dim": 32, "tie_word_embeddings": False}, "no place for lm_head.weight"),
+        ("llama", {"partial_rotary_factor": 0.5}, r"turns only 50% of each head \(partial_rotary_factor\)"),
+        ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("gemma3_text", {**GEMMA, "num_hidden_layers": 7, "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma3_text", {**GEMMA, "num_hidden_layers": 7, "attn_logit_softcapping": 5.0}, "attn_logit_softcapping is 5.0"),
+        ("gemma2", {**GEMMA, "attn_logit_softcapping": None}, "has attn_logit_softcapping 'None', where a number is needed"),
+        ("gemma2", {**GEMMA, "final_logit_softcapping": None}, "has final_logit_softcapping 'None', where a number is needed"),
     ],
 )
 def test_what_its_graph_lacks_is_refused(family, fields, says, saved, tmp_path, quiet):

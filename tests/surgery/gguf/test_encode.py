@@ -144,6 +144,52 @@ def test_what_a_kind_cannot_hold_is_refused_by_name(number):
         encoded("f16", Matrix(tensor_of(values, "F32")))
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+def test_what_is_not_finite_is_refused_in_every_kind(kind, dtype, number):
+    values = np.ones((3000, 100))  # more than one block
+    values[0, 0] = 3.3e38 if dtype != "F16" and kind != "f16" else 6e4
+    assert len(encoded(kind, Matrix(tensor_of(values, dtype)))[0]) == values.size * (4 if kind == "f32" else 2)
+    values[2999, 99] = number
+    with pytest.raises(DowncycleError, match="weight: holds NaN"):
+        encoded(kind, Matrix(tensor_of(values, dtype)))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "i2_s"])
+def test_what_rounding_does_to_a_scale_is_counted(kind, stored):
+    scale, codes = np.float32(0.75) if stored else SCALE, codes_of(8, 256)
+    change = 0.0 if stored or kind == "i2_s" else abs(float(np.float16(scale)) / float(scale) - 1)
+    assert encoded(kind, packed(codes, scale))[1].rescaled == pytest.approx(change)
+    assert encoded(kind, Matrix(tensor_of((codes.astype(np.float32) - 1) * scale, "F32")))[1].rescaled == pytest.approx(change)
+    assert (change > 1e-5) == (not stored and kind != "i2_s")
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096, 1 << 22])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_computed_tensor_comes_in_pieces_of_any_size(turned, size):
+    values = np.random.default_rng(0).standard_normal((700, 3) if size == 1 else (700, 1000)).astype(np.float32)
+    data = values.tobytes()
+    order = np.random.default_rng(1).permutation(700) if turned else None
+    tensor = Tensor("F32", values.shape, lambda: (data[place : place + size] for place in range(0, len(data), size)))
+    assert encoded("f32", Matrix(tensor, order=order))[0] == (values[order] if turned else values).tobytes()
+
+
+def test_a_computed_tensor_is_not_computed_further_than_is_asked_for():
+    row, given = np.ones(1 << 18, np.float32).tobytes(), []
+
+    def pieces():
+        for place in range(4):
+            given.append(place)
+            yield row
+
+    blocks = Matrix(Tensor("F32", (4, 1 << 18), pieces)).blocks()
+    assert next(blocks).shape == (1, 1 << 18)
+    assert given == [0]
+    assert len(list(blocks)) == 3
+
+
 @pytest.mark.parametrize("place", [0, 255, 600 * 512 - 1])
 @pytest.mark.parametrize("number", [0.5, -0.25, float("nan"), float("inf")])
 def test_one_number_that_is_not_ternary_is_found(place, number):

@@ -235,6 +235,15 @@ def test_metadata(tmp_path):
     assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
 
 
+def test_what_becomes_of_the_scales_is_said(wide, tmp_path):
+    scales = {name: np.float64(np.abs(values.astype(np.float64)).mean()) for name, values in by_hand(wide["float"]).items()}
+    largest = max(abs(float(np.float16(s)) / s - 1) for name, s in scales.items() if any(f".{part}." in name for part in MATRICES))
+    *_, note = write_gguf(open_checkpoint(wide["bitlinear"]), tmp_path / "a.gguf", "tq2_0").notes
+    assert note == f"the scales of 14 ternary tensors were rounded to float16, which changes them by {100 * largest:.2g}% at most"
+    assert largest > 1e-5
+    assert not any("scales" in note for note in write_gguf(open_checkpoint(wide["bitlinear"]), tmp_path / "b.gguf", "f32").notes)
+
+
 # Refusals.
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -236,8 +236,49 @@ def test_named_templates_and_settings(demo):
     templates = [{"name": "default", "template": "a"}, {"name": "tools", "template": "b"}]
     change(demo, "tokenizer_config.json", chat_template=templates, add_bos_token=False, add_eos_token=True, pad_token="<|eot_id|>")
     fields, _ = tokenizer_fields(open_checkpoint(demo), 4096)
-    assert (fields["chat_template"], fields["chat_template.tools"], fields["chat_templates"]) == ("a", "b", ["default", "tools"])
+    assert (fields["chat_template"], fields["chat_template.tools"], fields["chat_templates"]) == ("a", "b", ["tools"])
     assert (fields["ggml.add_bos_token"], fields["ggml.add_eos_token"], fields["ggml.padding_token_id"]) == (False, True, 4089)
+
+
+def test_templates_in_files_of_their_own_are_those_of_transformers(demo):
+    transformers = pytest.importorskip("transformers")
+    (demo / "additional_chat_templates").mkdir()
+    (demo / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    (demo / "additional_chat_templates" / "rag-2.jinja").write_text("RAG é")
+    change(demo, "tokenizer_config.json", chat_template="passed over")
+    known = transformers.AutoTokenizer.from_pretrained(demo).chat_template
+    fields, _ = tokenizer_fields(open_checkpoint(demo), 4096)
+    found = {key: value for key, value in fields.items() if key.startswith("chat_template.")}
+    assert found == {"chat_template.tool_use": known.pop("tool_use"), "chat_template.rag_2": known.pop("rag-2")}
+    assert known == {"default": fields["chat_template"]}
+    assert sorted(fields["chat_templates"]) == ["rag_2", "tool_use"]
+
+
+def test_a_file_holds_named_templates_as_the_packages_writer_spells_them(demo, tmp_path):
+    (demo / "additional_chat_templates").mkdir()
+    (demo / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS")
+    write_gguf(open_checkpoint(demo), tmp_path / "model.gguf", "f16")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
+    default = (demo / "chat_template.jinja").read_text()
+    writer.add_chat_template([{"name": "default", "template": default}, {"name": "tool_use", "template": "TOOLS"}])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    found, other = (
+        {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / name).fields.items() if "chat_template" in name}
+        for name in ("model.gguf", "other.gguf")
+    )
+    assert found == other
+    assert len(found) == 3
+
+
+def test_a_template_that_is_no_text_and_a_vocabulary_of_another_make_are_refused(demo, tmp_path):
+    (demo / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(DowncycleError, match="chat_template.jinja: no text in UTF-8"):
+        tokenizer_fields(open_checkpoint(demo), 4096)
+    change(demo, model={"type": "BPE", "merges": []})
+    with pytest.raises(DowncycleError, match="tokenizer.json: lacks, or has an unusable, part .KeyError: 'vocab'"):
+        write_gguf(open_checkpoint(demo), tmp_path / "model.gguf", "f16")
 
 
 @pytest.mark.parametrize(
