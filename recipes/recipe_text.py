@@ -69,7 +69,9 @@ def _after(recipe: Recipe) -> list[str]:
 def _packed(recipe: Recipe) -> str:
     """The name of the packed model: the base's with -1.58, or, where that has it already, that of the training."""
     name = recipe.base_model.rstrip("/")
-    return folder_name(str(recipe.config.get("output_dir"))) if PRESETS[recipe.preset].goes_on else f"{name}-1.58"
+    trained = folder_name(str(recipe.config.get("output_dir")))
+    packed = trained if PRESETS[recipe.preset].goes_on else f"{name}-1.58"
+    return f"{packed}-packed" if packed == recipe.config.get("output_dir") else packed
 
 
 def _launch(recipe: Recipe, path: str) -> list[str]:

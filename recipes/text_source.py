@@ -43,7 +43,9 @@ def find_text(dataset: str, streaming: bool = False) -> TextSource:
     if path.is_dir():
         source = _folder(dataset, path)
     elif path.is_file():
-        source = TextSource({"path": dataset, "ds_type": _kind(path), "split": "train"})
+        kind = _kind(path)
+        one = {"path": kind, "data_files": dataset} if streaming else {"path": dataset, "ds_type": kind}
+        source = TextSource(one | {"split": "train"})
     else:
         source = _hub(dataset)
     if not streaming:

@@ -72,6 +72,8 @@ class Encoder:
     def _floats(self, matrix: Matrix) -> Iterator[bytes]:
         dtype, scale = matrix.weight.dtype, matrix.value() if matrix.scale else None
         for block in matrix.blocks():
+            if matrix.scale:
+                _check_codes(block, self.name)
             if dtype == self.kind.upper() and not self.add:
                 if not _all_finite(block):
                     raise DowncycleError(f"{self.name}: holds NaN or infinity; mend the model")
@@ -100,15 +102,20 @@ class Encoder:
             if not matrix.scale:
                 codes, scale = ternary_codes(block, matrix.weight.dtype, scale, self.name)
                 _checked(scale or np.float32(1), self.name)  # a matrix may begin with zeros
-            elif block.max() <= 2:
-                codes = block
             else:
-                raise DowncycleError(f"{self.name}: holds codes that are no ternary weights; the file is damaged, fetch it again")
+                codes = _check_codes(block, self.name)
             yield PACK[self.kind](np.ascontiguousarray(codes), scale, self.name)
         if self.kind != "i2_s" and scale:
             self.rescaled = max(self.rescaled, abs(float(np.float16(scale)) / float(scale) - 1))
         if self.kind == "i2_s":
             yield scale.tobytes() + bytes(TAIL - 4)
+
+
+def _check_codes(block: Array, name: str) -> Array:
+    """Return codes of packed weights; refuse those that are none."""
+    if block.max() > 2:
+        raise DowncycleError(f"{name}: holds codes that are no ternary weights; the file is damaged, fetch it again")
+    return block
 
 
 def _all_finite(block: Array) -> bool:

@@ -175,6 +175,8 @@ def test_text_of_every_kind(tmp_path, monkeypatch):
     assert "10,000,000 tokens of text: about 20 steps an epoch" in recipe_text(counted, "f")
     stream = made("stream", dataset="web").config
     assert stream["pretraining_dataset"] == [{"path": "web", "split": "train", "type": "pretrain", "text_column": "text"}]
+    lines = made("stream", dataset="lines.jsonl").config["pretraining_dataset"]
+    assert lines == [{"path": "json", "data_files": "lines.jsonl", "split": "train", "type": "pretrain", "text_column": "text"}]
     assert stream["max_steps"] == 10_000_000 // (64 * 8192)
     assert made("stream").config["max_steps"] == 1_000_000_000 // (64 * 8192)
     published = recipe_text(made("llama-3-6b", dataset="web", overrides={"warmup_steps": 400}), "f")

@@ -205,8 +205,9 @@ def test_a_scale_that_is_none_is_refused(scale):
         encoded("tq2_0", packed(codes_of(8, 256), scale))
 
 
-def test_a_code_that_is_none_is_refused():
+@pytest.mark.parametrize("kind", ["tq1_0", "tq2_0", "i2_s", "f16", "f32", "bf16"])
+def test_a_code_that_is_none_is_refused(kind):
     codes = codes_of(8, 256)
     codes[5, 7] = 3
     with pytest.raises(DowncycleError, match="codes that are no ternary weights"):
-        encoded("tq1_0", packed(codes, SCALE))
+        encoded(kind, packed(codes, SCALE))
