@@ -22,6 +22,7 @@ from .validation.check import check_keys
 from .validation.conflicts import conflicts
 from .validation.model_faults import model_faults, positions
 from .validation.own_plugins import SECTION
+from .validation.ternary import base_notes
 
 ENOUGH_TOKENS = 1_000_000_000  # what a stream, which has no end, is trained on
 USER = "set by you"
@@ -243,12 +244,13 @@ def _check_values(values: dict[str, Any]) -> None:
 
 
 def _check(recipe: Recipe, model: Checkpoint) -> None:
-    """Refuse a recipe with a fault; only keys that the user set can have one."""
+    """Refuse a recipe with a fault, which only keys that the user set can have, or one that undoes an earlier ternary training."""
     config = recipe.config
     faults = [
         *check_keys(config),
         *conflicts(config, recipe.machine.gpus * recipe.machine.nodes, recipe.machine.arch),
         *model_faults(config, model),
+        *base_notes(config, model.config, model.name),
     ]
     if faults:
         raise DowncycleError("; ".join(faults))

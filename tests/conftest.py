@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -184,6 +185,8 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
         with open(shared / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (shared / f"{name}.done").exists():
+                shutil.rmtree(folder)  # what one left that failed; the place stays the same, for what is filled in names it
+                folder.mkdir()
                 fill(folder)
                 (shared / f"{name}.done").touch()
         return folder

@@ -19,6 +19,14 @@ from downcycle.surgery.ternary.rule import Rule
 
 PLUGIN = "downcycle.recipes.plugins.TernaryPlugin"
 WINDOW = 256
+# Several trainings in one process, which takes longer to start than one of them.
+TRAIN = """
+import sys
+from axolotl.cli.train import do_cli
+recipes, sys.argv = sys.argv[1:], sys.argv[:1]
+for recipe in recipes:
+    do_cli(recipe)
+"""
 
 
 def recipe(folder: Path, name: str, model: Path, ternary: dict, **settings: object) -> Path:
@@ -28,6 +36,7 @@ def recipe(folder: Path, name: str, model: Path, ternary: dict, **settings: obje
         "special_tokens": {"pad_token": "<|reserved_special_token_0|>"},
         "datasets": [{"path": str(folder / "text.jsonl"), "ds_type": "json", "split": "train", "type": "completion"}],
         "dataset_prepared_path": str(folder / "prepared"),
+        "dataset_num_proc": 1,
         "sequence_len": WINDOW,
         "sample_packing": True,
         "pad_to_sequence_len": True,
@@ -56,12 +65,12 @@ def write_text(folder: Path, documents: int) -> None:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def run_axolotl(path: Path) -> None:
-    """Run `axolotl train` alone, which prepares the text where that was not done."""
-    config = training._read(path)
+def run_axolotl(*recipes: Path) -> None:
+    """Do what `axolotl train` does, for one recipe after the other; it prepares the text, too. The log lies with the first's weights."""
+    config = training._read(recipes[0])
     out = Path(config["output_dir"])
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"]
+    command = [sys.executable, "-c", TRAIN, *map(str, recipes)]
     with open(out / training.LOG, "wb") as log:
         training._run(command, training.STAGES["train"], training._environment(config, out), log, lambda step: None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -13,7 +13,6 @@ from ...surgery.checkpoint import Checkpoint, open_checkpoint
 from ...surgery.errors import DowncycleError
 from ...surgery.ternary.bitlinear import BitLinear, convert, set_strength
 from ...surgery.ternary.record import read_record
-from ...surgery.ternary.rule import Rule
 from ...surgery.weights import FOUR
 from .settings import SECTION, TernarySettings
 
@@ -26,9 +25,13 @@ def make_ternary(model: PreTrainedModel, chosen: TernarySettings, source: str, r
     Raises:
         DowncycleError: no map that becomes ternary, or one that no packed checkpoint can hold.
     """
-    maps = dict(_linear(model, chosen.rule()))
+    rule, linear = chosen.rule(), {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    maps = {name: module for name, module in linear.items() if rule.takes(name)}
     if not maps:
         raise DowncycleError(f"{source}: has no linear map that becomes ternary; change include and exclude under {SECTION}")
+    if idle := rule.idle(linear):
+        raise DowncycleError(f"{source}: {SECTION}: {idle[0]!r} takes or leaves out no linear map; mend the pattern, or take it out")
+    _check_head(model, maps, source)
     _check_outputs(source, maps)
     for module in maps.values():
         convert(module, norm=chosen.norm)
@@ -38,10 +41,15 @@ def make_ternary(model: PreTrainedModel, chosen: TernarySettings, source: str, r
             _load_norms(maps, open_checkpoint(source, revision))
 
 
-def _linear(model: PreTrainedModel, rule: Rule) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and rule.takes(name):
-            yield name, module
+def _check_head(model: PreTrainedModel, maps: Mapping[str, nn.Linear], source: str) -> None:
+    """Refuse a head that has the weights of the embeddings: packed, they could not be both."""
+    for name, module in maps.items():
+        if module.weight is model.get_input_embeddings().weight:
+            raise DowncycleError(f"{source}: {name} has the weights of the embeddings, which stay floats; {_leave_out(name)}")
+
+
+def _leave_out(name: str) -> str:
+    return f"leave it out: exclude: ['{name.rpartition('.')[2]}$'] under {SECTION}"
 
 
 def _check_outputs(source: str, maps: Mapping[str, nn.Linear]) -> None:
@@ -49,7 +57,7 @@ def _check_outputs(source: str, maps: Mapping[str, nn.Linear]) -> None:
         if module.out_features % FOUR:
             raise DowncycleError(
                 f"{source}: {name} has {module.out_features} outputs, and transformers reads ternary maps with multiples of {FOUR} only; "
-                f"leave it out: exclude: ['{name.rpartition('.')[2]}$'] under {SECTION}"
+                f"{_leave_out(name)}"
             )
 
 

@@ -104,7 +104,7 @@ def load_teacher(cfg: Any, chosen: Distillation, trainer: DistillTrainer) -> nn.
         name,
         revision=None if chosen.teacher else cfg.revision_of_model,
         dtype=torch.bfloat16 if trainer.args.bf16 else "auto",
-        attn_implementation=trainer.accelerator.unwrap_model(trainer.model).config._attn_implementation,
+        attn_implementation=cfg.attn_implementation,
         trust_remote_code=bool(cfg.trust_remote_code),
     )
     _check_vocabulary(name, teacher, trainer)

@@ -7,11 +7,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...surgery.errors import DowncycleError
-from ...surgery.ternary.record import RECORD
 from ...surgery.ternary.rule import Rule
 from ...surgery.ternary.warmup import USUAL, Warmup
-
-SECTION = RECORD  # a recipe's section has the name that the one in config.json has
+from ..validation.own_plugins import SECTION
 
 
 class Distillation(BaseModel):

@@ -10,6 +10,7 @@ lost. With `bf16` the products are of 16 bits, by autocast.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,26 +18,10 @@ from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
 from ...surgery.errors import DowncycleError
-from ...surgery.families import CONV1D
-from ...surgery.quantizer import packed_by
-from ...surgery.ternary.record import read_record
+from ..validation.ternary import base_faults, ternary_section, training_faults
 from .conversion import make_ternary
-from .settings import SECTION, TernaryArgs, settings
+from .settings import TernaryArgs, settings
 from .strength import MoveStrength
-
-# What else a recipe may ask for, and why it cannot: keys that must be off.
-AGAINST = {
-    **dict.fromkeys(("adapter", "load_in_4bit", "load_in_8bit"), "ternary training moves every weight"),
-    **dict.fromkeys(("qat", "fp8", "use_onebitllms"), "it puts linear maps of its own in the place of the ternary ones"),
-    "rl": "ternary training learns from text",
-    "deepspeed": "it keeps weights and lambda in 16 bits, where small changes are lost",
-}
-AGAINST_DISTILL = {
-    **dict.fromkeys(("liger_fused_linear_cross_entropy", "cut_cross_entropy"), "it gives no logits to compare with the teacher's"),
-    "kd_trainer": "it is another way to learn from a teacher",
-}
-PARALLEL = {"tensor_parallel_size": "a scale is that of a whole matrix"}
-PARALLEL_DISTILL = {"context_parallel_size": "the teacher reads whole texts"}
 
 
 class TernaryPlugin(BasePlugin):
@@ -48,15 +33,15 @@ class TernaryPlugin(BasePlugin):
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Load none; have the weights loaded in float32, which must be said before the model's loader is made."""
-        _check(cfg)
+        _refuse(training_faults(cfg))
         cfg.torch_dtype = torch.float32
 
     def pre_model_load(self, cfg: Any) -> None:
         """Refuse what cannot go together, and models that cannot be trained so."""
         from axolotl.loaders.utils import load_model_config
 
-        _check(cfg)
-        _check_model(cfg, load_model_config(cfg))
+        _refuse(training_faults(cfg))
+        _refuse(base_faults(ternary_section(cfg), load_model_config(cfg).to_dict(), cfg.base_model))
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Convert the model's linear maps."""
@@ -84,31 +69,6 @@ class TernaryPlugin(BasePlugin):
             trainer.distill, trainer.teacher = chosen, load_teacher(cfg, chosen, trainer)
 
 
-def _check(cfg: Any) -> None:
-    """Refuse a recipe that contradicts itself."""
-    distill, other = settings(cfg).distill, f", or {SECTION}.distill"
-    for key, why in (AGAINST | AGAINST_DISTILL if distill else AGAINST).items():
-        if cfg.get(key):
-            raise DowncycleError(f"{key}: {cfg[key]}: {why}, so leave {key} out{other if key in AGAINST_DISTILL else ''}")
-    for key, why in (PARALLEL | PARALLEL_DISTILL if distill else PARALLEL).items():
-        if (cfg.get(key) or 1) > 1:
-            raise DowncycleError(f"{key}: {cfg[key]}: {why}, so leave {key} out and share the work by fsdp_config")
-    if (cfg.fsdp or cfg.fsdp_config) and str(cfg.fsdp_version) != "2":
-        raise DowncycleError(
-            f"fsdp_version: {cfg.fsdp_version}: it keeps lambda in 16 bits, where small changes are lost; give fsdp_version: 2"
-        )
-    if cfg.bf16 == "full":
-        raise DowncycleError("bf16: full: ternary training keeps float32 weights, on which small updates are not lost; give bf16: auto")
-
-
-def _check_model(cfg: Any, config: Any) -> None:
-    """Refuse a model that is packed, that transformers cannot run packed, or that was trained in a way that the recipe leaves."""
-    chosen, before = settings(cfg), read_record(config.to_dict(), cfg.base_model)
-    if quantiser := packed_by(config.to_dict()):
-        raise DowncycleError(f"{cfg.base_model}: its weights are packed by {quantiser} already; give the model as it was before")
-    if config.model_type in CONV1D:
-        raise DowncycleError(f"{cfg.base_model}: {config.model_type} has no linear maps that transformers runs with ternary weights")
-    if before and before.norm and not chosen.norm:
-        raise DowncycleError(f"{cfg.base_model}: was trained with a norm before each ternary map; say norm: true under {SECTION}")
-    if before and chosen.distill and not chosen.distill.teacher:
-        raise DowncycleError(f"{cfg.base_model}: was trained ternary already and is no teacher; name one under {SECTION}.distill.teacher")
+def _refuse(faults: Iterator[str]) -> None:
+    if found := list(faults):
+        raise DowncycleError("; ".join(found))

@@ -27,6 +27,7 @@ from .keys import check_keys, plugins_of
 from .model_faults import model_faults
 from .names import MAPPED, SLIP, nearest, notes, replacements
 from .sharding import assumed_gpus
+from .ternary import base_notes
 
 LARGEST_FILE = 1_000_000  # bytes; a recipe has a few thousand
 LARGEST_TREE = 100_000  # values
@@ -92,7 +93,7 @@ def _deepspeed_file(config: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _model_and_text(config: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What does not fit the model, where it lies on this machine, and which of model and texts are not here and no Hub id either."""
+    """What does not fit the model, where it lies on this machine; and notes: what training would undo, and what is not here."""
     texts = [entry for key in TEXTS for entry in entries(config, key)]
     base = config.get("base_model")
     named = {f"base_model: {base}": base} | {f"datasets: {entry.get('path')}": entry.get("path") for entry in texts}
@@ -104,7 +105,8 @@ def _model_and_text(config: dict[str, Any]) -> tuple[list[str], list[str]]:
     if not isinstance(base, str) or not os.path.isdir(base):
         return [], absent
     try:
-        return list(model_faults(config, open_checkpoint(Path(base), trust_remote_code=True))), absent
+        model = open_checkpoint(Path(base), trust_remote_code=True)
+        return list(model_faults(config, model)), [*absent, *base_notes(config, model.config, model.name)]
     except DowncycleError as error:
         return [f"base_model: {error}"], absent
 

@@ -17,7 +17,7 @@ from .hardware import hardware_faults
 from .keys import plugins_of
 from .names import modern, nearest
 from .sharding import sharding_faults
-from .ternary import ternary_faults
+from .ternary import is_ternary, ternary_faults
 
 Config = dict[str, Any]
 Rule = Callable[[Config], Iterator[str]]
@@ -195,7 +195,7 @@ def _quantisation(config: Config) -> Iterator[str]:
         yield "load_in_8bit: not with adapter: qlora; write load_in_4bit: true, or adapter: lora"
     if adapter == "lora" and four and not config.get("quantize_moe_experts"):
         yield "load_in_4bit: Axolotl ignores it with adapter: lora and loads whole weights; write adapter: qlora"
-    if not adapter and (four or eight):
+    if not adapter and (four or eight) and not is_ternary(config):  # of which ternary_faults speaks
         yield f"{'load_in_4bit' if four else 'load_in_8bit'}: packed weights cannot be trained without an adapter"
     peft = config.get("peft")
     if isinstance(peft, dict) and peft.get("loftq_config") and (four or eight):

@@ -12,12 +12,9 @@ from typing import Any
 
 from ...surgery.checkpoint import Checkpoint, file_bytes
 from ...surgery.errors import DowncycleError
-from ...surgery.families import CONV1D
-from ...surgery.quantizer import packed_by
-from ...surgery.ternary.record import read_record
 from ...surgery.ternary.ternarize import ternary_modules
 from .own_plugins import SECTION
-from .ternary import is_ternary, rule_of, ternary_section
+from .ternary import base_faults, is_ternary, rule_of, ternary_section
 
 VOCABULARY = "tokenizer.json"
 NAMED = ("special_tokens_map.json", "tokenizer_config.json", VOCABULARY)  # the last holds all, is long, and may have to be fetched
@@ -37,23 +34,13 @@ def model_faults(config: dict[str, Any], model: Checkpoint) -> Iterator[str]:
 
 def _ternary_faults(settings: dict[str, Any], model: Checkpoint) -> Iterator[str]:
     """What hinders training this model ternary, or packing it then."""
-    if quantiser := packed_by(model.config):
-        yield f"base_model: its weights are packed by {quantiser} already; give the model as it was before"
-        return
-    if (kind := model.config.get("model_type")) in CONV1D:
-        yield f"base_model: {kind} has no linear maps that transformers runs with ternary weights"
+    if faults := list(base_faults(settings, model.config, model.name)):
+        yield from faults
         return
     try:
-        before = read_record(model.config, model.name)
         ternary_modules(model, rule_of(settings))
     except DowncycleError as error:
         yield f"{SECTION}: {error}".replace(" --", " ")  # there are no options here
-        return
-    if before and before.norm and not settings.get("norm"):
-        yield f"{SECTION}.norm: base_model was trained with a norm before each ternary map; write norm: true"
-    distill = settings.get("distill")
-    if before and isinstance(distill, dict) and not distill.get("teacher"):
-        yield f"{SECTION}.distill.teacher: missing; base_model was trained ternary already and is no teacher of itself"
 
 
 def positions(model: Checkpoint) -> int:

@@ -1,4 +1,7 @@
-"""What TernaryPlugin takes under `downcycle_ternary`, and what of a config contradicts it. Knows neither pydantic, Axolotl nor torch."""
+"""What contradicts ternary training, in a config and in its model's: asked by a check, and by TernaryPlugin when a training begins.
+
+Knows neither pydantic, Axolotl nor torch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from math import isfinite
 from typing import Any
 
 from ...surgery.errors import DowncycleError
+from ...surgery.families import CONV1D
+from ...surgery.quantizer import packed_by
+from ...surgery.ternary.record import read_record
 from ...surgery.ternary.rule import Rule
 from ...surgery.ternary.warmup import SCHEDULES, Warmup
 from .data_conflicts import number
@@ -16,9 +22,11 @@ from .own_plugins import SECTION, TERNARY
 Config = dict[str, Any]
 
 HEAD = "lm_head"
+PACKED = ("load_in_4bit", "load_in_8bit")
 # Keys that change weights in ways of their own, and why ternary training cannot go with them.
 UNFIT = {
     "adapter": "ternary training moves every weight, and an adapter leaves them as they are; take it out, and load_in_4bit or load_in_8bit",
+    **dict.fromkeys(PACKED, "ternary training moves every weight, and packed ones cannot be moved; take it out"),
     "qat": "Axolotl's own rounding, a second one; take it out",
     "use_onebitllms": "another package's ternary maps, in the place of ours; take it out",
     "rl": "it learns from text alone; take it out",
@@ -35,18 +43,71 @@ def is_ternary(config: Mapping[str, Any]) -> bool:
 
 
 def ternary_faults(config: Config) -> Iterator[str]:
-    """Name what of a config with TernaryPlugin contradicts ternary training, or itself; slips in keys are for keys.py."""
-    if not is_ternary(config):
-        return
+    """Name what contradicts ternary training in a config that lists TernaryPlugin."""
+    if is_ternary(config):
+        yield from training_faults(config)
+
+
+def training_faults(config: Config) -> Iterator[str]:
+    """Name what of a config contradicts ternary training, or itself; slips in keys are for keys.py, and for Axolotl."""
     settings = ternary_section(config)
     for key, why in UNFIT.items():
-        if config.get(key):
+        if config.get(key) and not (key in PACKED and config.get("adapter")):
             yield f"{key}: not with TernaryPlugin: {why}"
     yield from _sharding(config)
     yield from _warmup(settings)
     yield from _patterns(config, settings)
     if isinstance(settings.get("distill"), dict):
         yield from _distillation(config, settings["distill"])
+
+
+def base_faults(settings: Config, fields: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Name what hinders training a model ternary, by its config.json.
+
+    Args:
+        settings: what stands under `downcycle_ternary`. fields: those of the model's config. name: what the model is called.
+    """
+    if quantiser := packed_by(fields):
+        yield f"base_model: its weights are packed by {quantiser} already; give the model as it was before"
+        return
+    if (kind := fields.get("model_type")) in CONV1D:
+        yield f"base_model: {kind} has no linear maps that transformers runs with ternary weights"
+        return
+    try:
+        before = read_record(fields, name)
+    except DowncycleError as error:
+        yield f"{SECTION}: {error}"
+        return
+    if before and before.norm and not settings.get("norm"):
+        yield f"{SECTION}.norm: base_model was trained with a norm before each ternary map; write norm: true"
+    distill = settings.get("distill")
+    if before and isinstance(distill, dict) and not distill.get("teacher"):
+        yield f"{SECTION}.distill.teacher: missing; base_model was trained ternary already and is no teacher of itself"
+
+
+def base_notes(config: Config, fields: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Name what of an earlier ternary training, of which the model's config.json tells, a config would undo."""
+    try:
+        before = read_record(fields, name)
+    except DowncycleError:
+        return  # for base_faults to say, where it matters
+    if before is None or packed_by(fields):
+        return
+    if not is_ternary(config):
+        on = "ternary-long" if before.whole else "ternary"
+        yield (
+            "base_model: was trained ternary, and training without TernaryPlugin undoes that; to go on with it: "
+            f"`downcycle recipe DIR --preset {on}`; to undo it, take {SECTION} out of its config.json"
+        )
+    elif before.whole and _begins_at_0(ternary_section(config)):
+        yield (
+            f"{SECTION}: base_model was trained until lambda was 1, which goes back to 0 here; to go on where that ended: "
+            "`downcycle recipe DIR --preset ternary-long`, or schedule: linear and warmup_steps: 0"
+        )
+
+
+def _begins_at_0(settings: Config) -> bool:
+    return (settings.get("schedule") or "linear") != "linear" or number(settings.get("warmup_steps")) != 0
 
 
 def ternary_section(config: Mapping[str, Any]) -> Config:
@@ -63,9 +124,9 @@ def rule_of(settings: Config) -> Rule:
 
 def _sharding(config: Config) -> Iterator[str]:
     fsdp = config.get("fsdp_config")
-    version = config.get("fsdp_version") or (fsdp.get("fsdp_version") if isinstance(fsdp, dict) else None)
-    if (fsdp or config.get("fsdp")) and str(version) == "1":
-        yield "fsdp_version: 1 flattens the weights, whose mean each map needs; write fsdp_version: 2"
+    version = config.get("fsdp_version") or (fsdp.get("fsdp_version") or fsdp.get("version") if isinstance(fsdp, dict) else None)
+    if (fsdp or config.get("fsdp")) and str(version) == "1":  # which Axolotl writes where none is given
+        yield "fsdp_version: 1 flattens the weights, whose mean each map needs, and keeps lambda in 16 bits; write fsdp_version: 2"
     if (number(config.get("tensor_parallel_size")) or 1) > 1:
         yield "tensor_parallel_size: not with TernaryPlugin: a part of a matrix has another scale than the whole; shard with fsdp_config"
 

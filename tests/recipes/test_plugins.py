@@ -131,21 +131,24 @@ DISTILL = {RECORD: {"distill": {}}}
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"adapter": "lora"}, "adapter: lora: ternary training moves every weight, so leave adapter out"),
-        ({"load_in_4bit": True}, "load_in_4bit: True: ternary training moves every weight"),
-        ({"load_in_8bit": True}, "load_in_8bit: True: ternary training moves every weight"),
-        ({"qat": {"weight_dtype": "ternary"}}, "it puts linear maps of its own in the place of the ternary ones, so leave qat out"),
-        ({"fp8": True}, "so leave fp8 out"),
-        ({"use_onebitllms": True}, "so leave use_onebitllms out"),
-        ({"rl": "dpo"}, "rl: dpo: ternary training learns from text"),
-        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "it keeps weights and lambda in 16 bits"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2: a scale is that of a whole matrix"),
-        ({"fsdp_config": {"offload_params": True}, "fsdp_version": 1}, "give fsdp_version: 2"),
-        ({"bf16": "full"}, "bf16: full: .* give bf16: auto"),
-        (DISTILL | {"liger_fused_linear_cross_entropy": True}, "it gives no logits .* out, or downcycle_ternary.distill"),
-        (DISTILL | {"cut_cross_entropy": True}, "it gives no logits"),
-        (DISTILL | {"kd_trainer": True}, "kd_trainer: True: it is another way"),
-        (DISTILL | {"context_parallel_size": 2}, "the teacher reads whole texts"),
+        ({"adapter": "lora"}, "adapter: not with TernaryPlugin: ternary training moves every weight"),
+        ({"load_in_4bit": True}, "load_in_4bit: not with TernaryPlugin: .* packed ones cannot be moved"),
+        ({"load_in_8bit": True}, "load_in_8bit: not with TernaryPlugin: .* packed ones cannot be moved"),
+        ({"adapter": "qlora", "load_in_4bit": True}, "^adapter: not with TernaryPlugin: [^:]*; take it out, and load_in_4bit"),
+        ({"qat": {"weight_dtype": "ternary"}}, "qat: not with TernaryPlugin: Axolotl's own rounding"),
+        ({"fp8": True}, "fp8: not with TernaryPlugin"),
+        ({"use_onebitllms": True}, "use_onebitllms: not with TernaryPlugin"),
+        ({"rl": "dpo"}, "rl: not with TernaryPlugin: it learns from text"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed: .* keeps weights and lambda in bf16"),
+        ({"bfloat16": True}, "bfloat16: .* write bf16: auto"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: not with TernaryPlugin"),
+        ({"fsdp_config": {"offload_params": True}, "fsdp_version": 1}, "write fsdp_version: 2"),
+        ({"fsdp_config": {"version": 1}}, "write fsdp_version: 2"),
+        (DISTILL | {"liger_fused_linear_cross_entropy": True}, "gives no logits, which downcycle_ternary.distill compares"),
+        (DISTILL | {"cut_cross_entropy": True}, "cut_cross_entropy: gives no logits"),
+        (DISTILL | {"kd_trainer": True}, "downcycle_ternary.distill: not together with KDPlugin"),
+        (DISTILL | {"context_parallel_size": 2}, "whose teacher reads whole sequences"),
+        ({"fp8": True, "rl": "dpo"}, "rl: not with .*; fp8: not with"),
     ],
 )
 @pytest.mark.parametrize("hook", ["load_datasets", "pre_model_load"])
@@ -176,8 +179,16 @@ def test_what_goes_together_does(plugin, folder, given):
     ("fields", "given", "says"),
     [
         ({"quantization_config": {"quant_method": "bitnet"}}, {}, "its weights are packed by bitnet already; give the model as it was"),
-        ({RECORD: {"norm": True, "strength": 1.0}}, {}, "was trained with a norm before each ternary map; say norm: true"),
-        ({RECORD: {"strength": 1.0}}, {"distill": {}}, "was trained ternary already and is no teacher; name one"),
+        (
+            {RECORD: {"norm": True, "strength": 1.0}},
+            {},
+            "norm: base_model was trained with a norm before each ternary map; write norm: true",
+        ),
+        (
+            {RECORD: {"strength": 1.0}},
+            {"distill": {}},
+            "distill.teacher: missing; base_model was trained ternary already and is no teacher of itself",
+        ),
         ({RECORD: {"strength": 7}}, {}, "strength is 7 and no number from 0 to 1"),
     ],
 )
@@ -244,6 +255,27 @@ def test_outputs_that_cannot_be_packed_are_refused_before_training():
     assert "\n" not in str(refused.value) and not kinds(model)
     make_ternary(model, TernarySettings(exclude=["gate_proj$", "up_proj$"]), "m")
     assert len(kinds(model)) == 8 * 5
+
+
+def test_a_pattern_that_does_nothing_is_refused(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(DowncycleError, match="'down_prj' takes or leaves out no linear map; mend the pattern"):
+        make_ternary(model, TernarySettings(exclude=["up_proj", "down_prj"]), str(folder))
+    assert not kinds(model)
+
+
+def test_a_head_that_is_tied_is_refused():
+    from transformers import LlamaForCausalLM
+
+    config = tiny_config("llama")
+    config.tie_word_embeddings = True
+    model = LlamaForCausalLM(config)
+    says = r"lm_head has the weights of the embeddings, which stay floats; leave it out: exclude: \['lm_head\$'\]"
+    with pytest.raises(DowncycleError, match=says) as refused:
+        make_ternary(model, TernarySettings(include=["head"]), "m")
+    assert "\n" not in str(refused.value) and not kinds(model)
+    make_ternary(model, TernarySettings(exclude=["lm_head$"]), "m")
+    assert len(kinds(model)) == 8 * 7
 
 
 # Norms.

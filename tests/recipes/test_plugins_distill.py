@@ -122,8 +122,9 @@ WORDS = ["?", "a", "b", "c"]
 def test_a_teacher_is_frozen_and_has_its_own_dtype_or_that_of_the_training(tmp_path, bf16, dtype):
     tiny_model("llama").to(torch.float16).save_pretrained(tmp_path)
     tokenizer = vocabulary(tmp_path, WORDS)
-    cfg = SimpleNamespace(base_model=str(tmp_path), revision_of_model=None, trust_remote_code=None)
+    cfg = SimpleNamespace(base_model=str(tmp_path), revision_of_model=None, trust_remote_code=None, attn_implementation="eager")
     teacher = load_teacher(cfg, Distillation(), trainer(tokenizer, bf16))
+    assert teacher.model.layers[0].self_attn.config._attn_implementation == "eager"
     assert not teacher.training and {(one.dtype, one.requires_grad) for one in teacher.parameters()} == {(dtype, False)}
 
 
@@ -143,7 +144,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(tmp_path, vocab, words, sa
     config.vocab_size = vocab
     LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
     vocabulary(tmp_path / "teacher", words)
-    cfg = SimpleNamespace(base_model="m", revision_of_model=None, trust_remote_code=None)
+    cfg = SimpleNamespace(base_model="m", revision_of_model=None, trust_remote_code=None, attn_implementation="eager")
     with pytest.raises(DowncycleError, match=says) as refused:
         load_teacher(cfg, Distillation(teacher=str(tmp_path / "teacher")), trainer(vocabulary(tmp_path / "mine", WORDS)))
     assert "\n" not in str(refused.value)

@@ -35,9 +35,25 @@ class Cpu(BasePlugin):
 """
 
 
+def with_norms(folder: Path) -> Path:
+    """The child as if a ternary training had left it, with norms."""
+    target = write(open_checkpoint(folder / "child"), folder / "child with norms")
+    weights = load_file(target / "model.safetensors")
+    maps = {name: weight for name, weight in weights.items() if name.endswith("_proj.weight")}
+    norms = {name.replace(".weight", ".rms_norm.weight"): torch.linspace(0.5, 1.5, weight.shape[1]) for name, weight in maps.items()}
+    save_file(weights | norms, target / "model.safetensors", {"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"downcycle_ternary": {"norm": True, "strength": 1.0, "steps": 9}}))
+    (target / "downcycle.json").unlink()
+    return target
+
+
 @pytest.fixture(scope="session")
 def short(once) -> Path:
-    """A training in six steps, `whole`, and its last three once more from the checkpoint after the first three, `resumed`."""
+    """A training in six steps, `whole`, and its last three once more from the checkpoint after the first three, `resumed`.
+
+    And `normed`, which goes on from a model with norms, with lambda at 1 from its first step on.
+    """
 
     def fill(folder: Path) -> None:
         write_text(folder, 40)
@@ -62,7 +78,8 @@ def short(once) -> Path:
         ternary = {"schedule": "ramp", "k": 1.5, "distill": {"weight": 0.25, "temperature": 2.0}}
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-            run_axolotl(recipe(folder, "whole", folder / "child", ternary, **common))
+            further = recipe(folder, "normed", with_norms(folder), {"warmup_steps": 0, "norm": True}, max_steps=2, learning_rate=1e-4)
+            run_axolotl(recipe(folder, "whole", folder / "child", ternary, **common), further)
             half = {"resume_from_checkpoint": str(folder / "whole" / f"checkpoint-{HALF}")}
             run_axolotl(recipe(folder, "resumed", folder / "child", ternary, **common, **half))
 
@@ -125,43 +142,24 @@ def test_every_checkpoint_says_how_far_it_was(short):
 # Norms.
 
 
-@pytest.fixture(scope="session")
-def normed(once) -> Path:
-    """A training that goes on from a model with norms, with lambda at 1 from its first step on; what came of it, packed."""
-
-    def fill(folder: Path) -> None:
-        write_text(folder, 20)
-        child = write(keep_layers(open_checkpoint("demo"), [0, 1, 11]), folder / "child")
-        weights = load_file(child / "model.safetensors")
-        maps = {name: weight for name, weight in weights.items() if name.endswith("_proj.weight")}
-        norms = {name.replace(".weight", ".rms_norm.weight"): torch.linspace(0.5, 1.5, weight.shape[1]) for name, weight in maps.items()}
-        save_file(weights | norms, child / "model.safetensors", {"format": "pt"})
-        config = json.loads((child / "config.json").read_text())
-        (child / "config.json").write_text(json.dumps(config | {"downcycle_ternary": {"norm": True, "strength": 1.0, "steps": 9}}))
-        (child / "downcycle.json").unlink()
-        run_axolotl(recipe(folder, "out", child, {"warmup_steps": 0, "norm": True}, max_steps=2, learning_rate=1e-4, micro_batch_size=1))
-
-    return once("normed", fill)
-
-
-def test_norms_are_trained_on_and_run_by_stock_transformers(normed, tmp_path):
-    before, after = load_file(normed / "child" / "model.safetensors"), load_file(normed / "out" / "model.safetensors")
+def test_norms_are_trained_on_and_run_by_stock_transformers(short, tmp_path):
+    before, after = load_file(short / "child with norms" / "model.safetensors"), load_file(short / "normed" / "model.safetensors")
     assert before.keys() == after.keys()
     for name in before:
         if name.endswith("rms_norm.weight"):
             assert 0 < float((after[name] - before[name]).abs().max()) < 3e-4
-    assert [entry["lambda"] for entry in history(normed / "out") if "loss" in entry] == [1, 1]
-    assert section(normed / "out")["norm"] is True
+    assert [entry["lambda"] for entry in history(short / "normed") if "loss" in entry] == [1, 1]
+    assert section(short / "normed")["norm"] is True
 
-    folder = write(ternarize(open_checkpoint(normed / "out")), tmp_path / "packed")
+    folder = write(ternarize(open_checkpoint(short / "normed")), tmp_path / "packed")
     ids = windows()[:2]
     with torch.compiler.set_stance("force_eager"):
         packed = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
-    learnt = load_model(open_checkpoint(normed / "out"), dtype=torch.float32)
+    learnt = load_model(open_checkpoint(short / "normed"), dtype=torch.float32)
     for name, module in list(learnt.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             convert(module, norm=True)
             module.rms_norm.weight.data.copy_(after[f"{name}.rms_norm.weight"])
     set_strength(learnt, 1)
     assert loss_of(packed, ids) == pytest.approx(loss_of(logits_of(learnt, ids), ids), abs=5e-3)
-    assert loss_of(packed, ids) != pytest.approx(loss_of(logits_of(as_trained(normed / "out", 1), ids), ids), abs=5e-2)
+    assert loss_of(packed, ids) != pytest.approx(loss_of(logits_of(as_trained(short / "normed", 1), ids), ids), abs=5e-2)

@@ -80,6 +80,7 @@ def test_the_head_says_what_a_step_is_and_what_comes_after():
     assert "#   downcycle ternarize outputs/llama-3-6b-1.58-long --out llama-3-6b-1.58-long\n" in long
     assert "--preset ternary-long" not in long and "healed" not in long + head()
     assert "The run has 45,000 such steps." in long
+    assert "ternarize outputs/healed-1.58 --out outputs/healed-1.58-packed\n" in head(base="outputs/healed")
     assert "ternarize 'outputs/my model-1.58' --out 'a b/My Model-1.58'" in head(base="a b/My Model")
 
 
@@ -112,16 +113,36 @@ def test_only_what_was_trained_ternary_is_trained_on(model, said):
 
 
 def test_maps_and_norms_stay_those_that_were_trained():
-    left = {"include": ["lm_head"], "exclude": [r"\.0\."], "norm": True, "strength": 0.9995}  # lambda as a sigmoid ends
+    left = {"include": ["lm_head"], "exclude": [r"\.0\."], "norm": True}
     plain = {"liger_fused_linear_cross_entropy": None}  # which would go round a ternary head
-    for preset, steps in (("ternary-long", 0), ("ternary", 1000)):
-        section = made(preset, shape(**left), overrides=plain).config["downcycle_ternary"]
+    for preset, steps, strength in (("ternary-long", 0, 0.9995), ("ternary", 1000, 0.4)):  # as a sigmoid ends, and as one does not
+        section = made(preset, shape(**left, strength=strength), overrides=plain).config["downcycle_ternary"]
         assert section == {"schedule": "linear", "warmup_steps": steps, "include": ["lm_head"], "exclude": [r"\.0\."], "norm": True}
     with pytest.raises(DowncycleError, match="liger_fused_linear_cross_entropy: multiplies with the head's weight"):
         made("ternary-long", shape(**left))
     with pytest.raises(DowncycleError, match="downcycle_ternary.norm: base_model was trained with a norm"):
         made("ternary-long", shape(norm=True), overrides={"downcycle_ternary.norm": None})
     assert PRESETS["ternary"].settings["downcycle_ternary"].value == PUBLISHED["ternary"]["downcycle_ternary"]  # presets are never changed
+
+
+@pytest.mark.parametrize(
+    ("preset", "strength", "said"),
+    [
+        *[(preset, 1.0, "without TernaryPlugin undoes that; .*--preset ternary-long`") for preset in ("qlora", "lora", "full", "tail")],
+        ("stream", 0.4, "without TernaryPlugin undoes that; .*--preset ternary`"),
+        ("ternary", 1.0, "lambda was 1, which goes back to 0 here; .*--preset ternary-long`, or schedule: linear and warmup_steps: 0"),
+    ],
+)
+def test_what_was_learnt_is_not_undone(preset, strength, said):
+    with pytest.raises(DowncycleError, match=said) as refused:
+        made(preset, shape(strength=strength))
+    assert "\n" not in str(refused.value)
+    assert made(preset).preset == preset
+
+
+def test_a_model_that_was_trained_whole_goes_on_without_a_warm_up():
+    section = made("ternary", shape(strength=1.0), overrides={"downcycle_ternary.warmup_steps": 0}).config["downcycle_ternary"]
+    assert section["warmup_steps"] == 0
 
 
 def test_machines_without_kernels_and_without_bf16():

@@ -72,7 +72,7 @@ RIGHT = {
 CONTRADICTIONS = {
     "lora": (LORA | {"plugins": [TERNARY]}, 1, "adapter: not with TernaryPlugin"),
     "qlora": (QLORA | {"plugins": [TERNARY]}, 1, "adapter: not with TernaryPlugin"),
-    "packed": (PLUGIN | {"load_in_4bit": True}, 1, "load_in_4bit: packed weights cannot be trained"),
+    "packed": (PLUGIN | {"load_in_4bit": True}, 1, "load_in_4bit: not with TernaryPlugin"),
     "qat": (PLUGIN | {"qat": {"weight_dtype": "ternary"}}, 1, "qat: not with TernaryPlugin"),
     "onebitllms": (PLUGIN | {"use_onebitllms": True}, 1, "use_onebitllms: not with TernaryPlugin"),
     "deepspeed": (PLUGIN | {"deepspeed": {"zero_optimization": {"stage": 3}}}, 2, "deepspeed: not with TernaryPlugin"),
@@ -183,21 +183,30 @@ def test_the_plugin_has_these_keys_and_reads_each_value_as_they_are_read_here():
             print(name, TernarySettings(**settings))
 
 
-def test_axolotl_reads_the_plugin_too():
-    pytest.importorskip("axolotl")
-    wrong = [name for name in WRONG if name not in ("endless k", "no number of a weight", "endless temperature")]  # JSON has none of these
-    answers = validate(
-        [(said(**WRONG[name][0]), 1, "sm_80") for name in wrong] + [(said(**settings), 1, "sm_80") for settings in RIGHT.values()]
-    )
-    assert [name for name, faults in zip(wrong, answers, strict=False) if not faults] == []
-    assert answers[len(wrong) :] == [[]] * len(RIGHT)
-    assert all(len(faults) == 1 and "\n" not in faults[0] for faults in answers[: len(wrong)])
+BOTH = said(warmup_step=3, distill={"weight": 2}) | {"base_model": str(DEMO_FOLDER)}
+SAYABLE = [name for name in WRONG if name not in ("endless k", "no number of a weight", "endless temperature")]  # JSON has none of these
 
 
-def test_a_file_is_checked_by_both_and_no_fault_is_said_twice(tmp_path):
+@pytest.fixture(scope="module")
+def answers():
+    """What Axolotl says, asked in one process, since each is long to start: of what is wrong, of what is right, and of BOTH."""
     pytest.importorskip("axolotl")
+    asked = [*(said(**WRONG[name][0]) for name in SAYABLE), *(said(**settings) for settings in RIGHT.values()), BOTH]
+    *told, both = validate([(config, 1, "sm_80") for config in asked])
+    return told[: len(SAYABLE)], told[len(SAYABLE) :], both
+
+
+def test_axolotl_reads_the_plugin_too(answers):
+    wrong, right, _ = answers
+    assert [name for name, faults in zip(SAYABLE, wrong, strict=True) if not faults] == []
+    assert right == [[]] * len(RIGHT)
+    assert all(len(faults) == 1 and "\n" not in faults[0] for faults in wrong)
+
+
+def test_a_file_is_checked_by_both_and_no_fault_is_said_twice(answers, tmp_path, monkeypatch):
+    monkeypatch.setattr("downcycle.recipes.validation.check.validate", lambda jobs: [answers[2] for job in jobs if job[0] == BOTH])
     path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps(said(warmup_step=3, distill={"weight": 2}) | {"base_model": str(DEMO_FOLDER)}))
+    path.write_text(json.dumps(BOTH))
     report = check_file(path, 1)
     assert report.by_axolotl and sorted(fault.split(":")[0] for fault in report.faults) == [
         "downcycle_ternary.distill.weight",
@@ -219,6 +228,7 @@ def changed(tensors=None, **config):
         (changed(downcycle_ternary={"strength": 1.0, "norm": True}), {}, "norm: base_model was trained with a norm .* write norm: true"),
         (changed(downcycle_ternary={"strength": 1.0}), {"distill": {}}, "distill.teacher: missing; base_model was trained ternary"),
         (changed(downcycle_ternary={"strength": 7}), {}, "downcycle_ternary is not what a training writes"),
+        (changed(tie_word_embeddings=True), {"include": ["lm_head"]}, "its head has the weights of the embeddings"),
     ],
 )
 def test_a_model_that_cannot_be_trained_so_is_named(model, settings, words):
@@ -233,5 +243,41 @@ def test_a_model_that_cannot_be_trained_so_is_named(model, settings, words):
 
 def test_a_model_that_fits_passes():
     trained = changed(downcycle_ternary={"strength": 1.0, "norm": True})
+    assert list(model_faults(said(include=["lm_head"]), DEMO)) == []
     assert list(model_faults(said(norm=True, distill={"teacher": "a/b"}), trained)) == []
     assert list(model_faults(make_recipe(DEMO, "demo", "ternary").config, DEMO)) == []
+
+
+FULLY, HALF = {"strength": 1.0}, {"strength": 0.5}
+UNDONE = "base_model: was trained ternary, and training without TernaryPlugin undoes that; .* --preset {}`; .* out of its config.json"
+
+
+@pytest.mark.parametrize(
+    ("record", "config", "words"),
+    [
+        (FULLY, BASE, UNDONE.format("ternary-long")),
+        (HALF, QLORA, UNDONE.format("ternary")),
+        (FULLY, LORA, UNDONE.format("ternary-long")),
+        (FULLY, PLUGIN, "downcycle_ternary: base_model was trained until lambda was 1, which goes back to 0 here; .* warmup_steps: 0"),
+        (FULLY, said(warmup_steps=5), "goes back to 0 here"),
+        (FULLY, said(schedule="ramp"), "goes back to 0 here"),
+        (FULLY, said(schedule="linear", warmup_steps=0), None),
+        (HALF, PLUGIN, None),
+        (None, BASE, None),
+        (None, PLUGIN, None),
+        ({"strength": 7}, BASE, None),
+    ],
+)
+def test_what_undoes_a_ternary_training_is_noted(record, config, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("downcycle.recipes.validation.check.find_spec", lambda name: None)  # our own checks are enough here
+    fields = json.loads((DEMO_FOLDER / "config.json").read_text())
+    for path in DEMO_FOLDER.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(fields | ({SECTION: record} if record else {})))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(config | {"base_model": str(tmp_path)}))
+    report = check_file(path, 1)
+    found = [note for note in report.notes if "ternary" in note.lower()]
+    assert not [fault for fault in report.faults if "trained" in fault]
+    assert len(found) == bool(words) and re.search(words or "", "".join(found))
