@@ -14,8 +14,8 @@ from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from ..adapter.lowrank import BLOCK, pieces, spans
-from ..checkpoint import Tensor
+from ..adapter.lowrank import BLOCK, FLOATS, pieces, spans
+from ..checkpoint import Span, Tensor
 from ..errors import UnsuitableError
 from ..weights import FOUR
 from .tally import Counted, Tally
@@ -80,21 +80,12 @@ def packed(scale: Scale, tell: Tell | None = None) -> Tensor:
     rows, columns = weight.shape
 
     def chunks() -> Iterator[bytes]:
-        import torch
-
-        quarter = rows // FOUR * columns
-        codes, done = torch.zeros(quarter, dtype=torch.uint8), 0
-        counted = Counted(scale.value())
-        for values, block in _rounded(scale):
-            if tell:
-                counted.add(values, block)
-            for some in _split(block.add_(1).to(torch.uint8), quarter, done):
-                place = done % quarter
-                codes[place : place + len(some)] |= some << (2 * (done // quarter))
-                done += len(some)
-        if tell:
+        counted = Counted(scale.value()) if tell else None
+        pack = _pack_by_quarters if isinstance(weight.data, Span) else _pack_in_order
+        for codes in pack(scale, rows // FOUR * columns, counted):
+            yield bytes(codes.numpy().data)
+        if tell and counted:
             tell(scale.name, counted.tally(scale.squares(), weight.nbytes))
-        yield from (bytes(piece.numpy().data) for piece in codes.split(BLOCK))
 
     return Tensor("U8", (rows // FOUR, columns), chunks, spans(weight))
 
@@ -109,11 +100,43 @@ def scale_tensor(scale: Scale, inverse: bool) -> Tensor:
     return Tensor("F32", (1,), chunks, spans(scale.weight))
 
 
-def _rounded(scale: Scale) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield W and clamp(round(W / s), -1, 1), both float32, flat, a block at a time."""
-    value = scale.value()
+def _pack_by_quarters(scale: Scale, quarter: int, counted: Counted | None) -> Iterator[torch.Tensor]:
+    """Yield packed codes of a matrix in a file, which is read in four places at once: nothing but blocks is held."""
+    import torch
+
+    data, dtype = scale.weight.data, getattr(torch, FLOATS[scale.weight.dtype])
+    assert isinstance(data, Span)
+    for place in range(0, quarter, BLOCK):
+        codes = torch.zeros(count := min(BLOCK, quarter - place), dtype=torch.uint8)
+        for number in range(FOUR):
+            start = data.start + (number * quarter + place) * dtype.itemsize
+            stored = bytearray(data.source.read(data.path, start, count * dtype.itemsize))
+            codes |= _codes(torch.frombuffer(stored, dtype=dtype), scale, counted) << 2 * number
+        yield codes
+
+
+def _pack_in_order(scale: Scale, quarter: int, counted: Counted | None) -> Iterator[torch.Tensor]:
+    """Yield packed codes of a matrix that is computed, from first to last: all of them are held until the last quarter is there."""
+    import torch
+
+    codes, done = torch.zeros(quarter, dtype=torch.uint8), 0
     for block in _blocks(scale.weight):
-        yield (values := block.float()), values.div(value).round_().clamp_(-1, 1)
+        for some in _split(_codes(block, scale, counted), quarter, done):
+            place = done % quarter
+            codes[place : place + len(some)] |= some << (2 * (done // quarter))
+            done += len(some)
+    yield from codes.split(BLOCK)
+
+
+def _codes(block: torch.Tensor, scale: Scale, counted: Counted | None) -> torch.Tensor:
+    """Return clamp(round(W / s), -1, 1) + 1, uint8, flat, and count what became of W where that is asked for."""
+    import torch
+
+    values = block.float()
+    codes = values.div(scale.value()).round_().clamp_(-1, 1)
+    if counted:
+        counted.add(values, codes)
+    return codes.add_(1).to(torch.uint8)
 
 
 def _blocks(weight: Tensor) -> Iterator[torch.Tensor]:

@@ -303,9 +303,10 @@ def test_a_model_is_replaced_where_that_is_asked_for(downcycle, small):
 def test_ctrl_c_is_answered(small):
     """Stopped while a matrix is packed."""
     script = (
-        "import os, signal, sys, downcycle.surgery.ternary.packing as p; from downcycle.cli import main; before = p._rounded\n"
-        "def stop(scale):\n    os.kill(os.getpid(), signal.SIGINT); yield from before(scale)\n"
-        "p._rounded = stop; sys.argv[1:] = ['ternarize', 'small', '--out', 'packed']; main()"
+        "import os, signal, sys, threading, downcycle.surgery.ternary.packing as p; from downcycle.cli import main; before = p._codes\n"
+        "first = threading.Lock()\n"
+        "def stop(*block):\n    first.acquire(blocking=False) and os.kill(os.getpid(), signal.SIGINT); return before(*block)\n"
+        "p._codes = stop; sys.argv[1:] = ['ternarize', 'small', '--out', 'packed']; main()"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, preexec_fn=_listen)
     assert ended.returncode == 130 and "interrupted" in ended.stderr and not Path("packed").exists()

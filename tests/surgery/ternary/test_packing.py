@@ -1,5 +1,6 @@
 """Packed codes are those of the formula in transformers' layout, whatever pieces a matrix comes in; the scale is summed up once."""
 
+import json
 import struct
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 np = pytest.importorskip("numpy")
 
-from downcycle import DowncycleError  # noqa: E402
+from downcycle import DowncycleError, open_checkpoint  # noqa: E402
 from downcycle.surgery.checkpoint import Tensor  # noqa: E402
 from downcycle.surgery.ternary import packing  # noqa: E402
 from downcycle.surgery.ternary.packing import Scale, packed, scale_tensor  # noqa: E402
@@ -52,6 +53,25 @@ def test_codes_and_scale(dtype, shape, piece, monkeypatch):
     assert (tensor.dtype, tensor.shape, len(data)) == ("U8", (shape[0] // 4, shape[1]), tensor.nbytes)
     assert (unpack_by_hand(data, *shape) == codes).all()
     assert scale.value() == pytest.approx(wanted, rel=2e-7)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("shape", [(8, 6), (4, 3), (12, 50), (64, 33)])
+def test_a_matrix_in_a_file_is_packed_as_one_that_is_computed(dtype, shape, monkeypatch, tmp_path):
+    from safetensors.torch import save_file
+
+    weight = weights(*shape, dtype)
+    save_file({"a": torch.zeros(3, dtype=torch.uint8), "w": weight}, tmp_path / "model.safetensors")
+    config = {"model_type": "llama", "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    stored = open_checkpoint(tmp_path).tensors["w"]
+    whole = b"".join(packed(Scale(as_tensor(weight, dtype), "w")).chunks())
+    monkeypatch.setattr(packing, "BLOCK", 7)
+    counts = []
+    pieces = list(packed(Scale(stored, "w"), lambda name, tally: counts.append((tally.minus, tally.zero, tally.plus))).chunks())
+    assert b"".join(pieces) == whole and max(map(len, pieces)) <= 7
+    codes, _ = codes_by_hand(weight)
+    assert counts == [((codes == -1).sum(), (codes == 0).sum(), (codes == 1).sum())]
 
 
 @pytest.mark.parametrize("dtype", KINDS)
