@@ -21,12 +21,13 @@ from torch import nn  # noqa: E402
 from torch.nn.functional import linear  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from downcycle import DowncycleError, keep_layers, load_model, open_checkpoint, write  # noqa: E402
+from downcycle import DowncycleError, keep_layers, load_model, open_checkpoint, write, write_gguf  # noqa: E402
 from downcycle.recipes import training  # noqa: E402
 from downcycle.recipes.training import history, train  # noqa: E402
 from downcycle.surgery.checkpoint import DEMO_FOLDER  # noqa: E402
 from downcycle.surgery.ternary.ternarize import ternarize  # noqa: E402
 
+import llama_cpp  # noqa: E402
 from ternary_training import as_trained, logits_of, loss_of, recipe, run_axolotl, section, windows, write_text  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -103,6 +104,20 @@ def test_the_packed_model_has_the_loss_of_the_model_in_training(trained):
     ids = torch.load(trained / "ids.pt")
     packed, learnt = loss_of(torch.load(trained / "stock.pt")["logits"], ids), logits_of(as_trained(trained / "pretrained", 1), ids)
     assert packed == pytest.approx(loss_of(learnt, ids), abs=5e-3)
+
+
+def test_llama_cpp_and_transformers_read_its_gguf_file(trained, tmp_path):
+    """Without the rounding of activations, which neither does there."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    file = write_gguf(open_checkpoint(trained / "packed"), tmp_path / "model.gguf", "f32").path
+    ids, stock = torch.load(trained / "ids.pt"), torch.load(trained / "stock.pt")["logits"]
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    logits = logits_of(read, ids)
+    assert loss_of(logits, ids) == pytest.approx(loss_of(stock, ids), abs=0.02)
+    prompt = ids[0, :60]
+    (native,) = llama_cpp.run(file, [prompt.tolist()], logits.shape[-1])["scores"]
+    assert torch.tensor(native).sub(logits[0, 59].log_softmax(-1)).abs().max() < 1e-3
 
 
 def test_training_wins_back_what_rounding_loses_and_pretrained_weights_are_worth_a_lot(trained):
