@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .eval import commands as eval_commands
+from .eval import gguf_command
 from .eval.commands import add_card
 from .eval.scoring import commands as scoring
 from .eval.scoring.commands import Calibrate, Length, Load, Measuring, Protect, Samples, Seed, choose_child, rule_names
@@ -23,7 +24,6 @@ from .recipes.recipe_text import recipe_text
 from .surgery.checkpoint import Checkpoint, open_checkpoint
 from .surgery.choose import RULES, format_layers, parse_layers
 from .surgery.errors import DowncycleError
-from .surgery.gguf import commands as gguf_commands
 from .surgery.importance.calibration import SAMPLES, SEED
 from .surgery.naming import child_name
 from .surgery.plan import Plan, plan_write
@@ -198,7 +198,7 @@ app.command()(scoring.score)
 app.command()(recipe_commands.recipe)
 app.command()(recipe_commands.data)
 app.command()(ternary_commands.ternarize)
-app.command()(gguf_commands.gguf)
+app.command()(gguf_command.gguf)
 app.command("eval")(eval_commands.eval_models)
 app.command()(eval_commands.card)
 app.command()(eval_commands.push)

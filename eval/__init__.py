@@ -1,1 +1,1 @@
-"""What a cut cost: measuring a child against its parent, and publishing it."""
+"""What a cut cost: measuring a child against its parent; and handing it on: packing, exporting, publishing."""

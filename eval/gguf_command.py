@@ -6,12 +6,12 @@ from typing import Annotated, get_args
 
 import typer
 
-from ...terminal import Json, Revision, Src, format_bytes, print_json, printable, progress_bar
-from ..checkpoint import open_checkpoint
-from ..errors import DowncycleError
-from ..staging import target_path
-from .export import check_file, plan_gguf, write_gguf
-from .kinds import Kind
+from ..surgery.checkpoint import open_checkpoint
+from ..surgery.errors import DowncycleError
+from ..surgery.gguf.export import check_file, plan_gguf, write_gguf
+from ..surgery.gguf.kinds import Kind
+from ..surgery.staging import target_path
+from ..terminal import Json, Revision, Src, format_bytes, print_json, printable, progress_bar
 
 KINDS = get_args(Kind)
 I2_S = "I2_S is experimental: only bitnet.cpp on x86 reads it, stock llama.cpp cannot; for that choose --type tq2_0"
