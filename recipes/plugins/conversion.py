@@ -12,7 +12,7 @@ from ...surgery.adapter.lowrank import pieces
 from ...surgery.checkpoint import Checkpoint, open_checkpoint
 from ...surgery.errors import DowncycleError
 from ...surgery.ternary.bitlinear import BitLinear, convert, set_strength
-from ...surgery.ternary.record import read_record
+from ...surgery.ternary.record import NORM, read_record
 from ...surgery.weights import FOUR
 from .settings import SECTION, TernarySettings
 
@@ -65,7 +65,7 @@ def _check_outputs(source: str, maps: Mapping[str, nn.Linear]) -> None:
 def _load_norms(maps: Mapping[str, nn.Linear], source: Checkpoint) -> None:
     """Read the norms' weights, which transformers passes over: the model's class has no place for them."""
     for name, module in maps.items():
-        key = f"{name}.rms_norm.weight"
+        key = f"{name}{NORM}"
         if key not in source.tensors:
             raise DowncycleError(f"{source.name}: its config speaks of norms, and there is no {key}; give the folder that training wrote")
         assert isinstance(module, BitLinear) and module.rms_norm

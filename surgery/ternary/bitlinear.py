@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .record import EPSILON
+
 SMALLEST = 1e-5  # that a scale may be
 LEVELS = 127  # of an activation's absolute value; its codes are -128 to 127
-EPSILON = 1e-6  # of the norm, as transformers has where a config says nothing
 
 
 def weight_scale(weight: Tensor) -> Tensor:

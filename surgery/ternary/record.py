@@ -11,6 +11,8 @@ from ..quantizer import packed_by
 from .rule import Rule
 
 FULLY = 0.99  # lambda of a warm-up that is over: ramps and sigmoids end that near to 1
+NORM = ".rms_norm.weight"  # how the norm before a map is named, behind the map's name
+EPSILON = 1e-6  # of that norm, as transformers has where a config says nothing
 RECORD = "downcycle_ternary"  # the section of config.json, which the training writes with every checkpoint
 
 

@@ -20,12 +20,10 @@ from ..lineage import TERNARY, descend
 from ..quantizer import packed_by
 from ..weights import BITNET, FOUR, scaled_bias
 from .packing import Scale, Tell, packed, scale_tensor
-from .record import read_record
+from .record import EPSILON, NORM, read_record
 from .rule import Rule
 
 LINEAR = ("bitlinear", "autobitlinear")  # transformers' two classes; they read the scale as 1 / s and as s
-NORM = ".rms_norm.weight"  # how the norm before a map is named, behind the map's name
-EPSILON = 1e-6  # of that norm
 STORED = "stored"
 DTYPES = {STORED: "", "bf16": "BF16", "f16": "F16"}  # of what stays floating-point, as safetensors spells it
 EXPERT = re.compile(r"(\.experts)\.[0-9]+\..*")  # one of many, with all below it
